@@ -1,0 +1,60 @@
+"""What every schema of the project shares: frozen models, and the canonical JSON that identities are digests of."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256 digest, 64 lower-case hex digits."""
+
+
+class _NotIdentity:
+    """Marks a field that says where or how fast, never what: it stays out of the stage's identity."""
+
+    def __repr__(self) -> str:
+        return "NotIdentity"
+
+
+NotIdentity = _NotIdentity()
+"""Use as `field: Annotated[int, NotIdentity] = 4`. Changing such a field recomputes nothing."""
+
+
+class Model(BaseModel):
+    """A frozen pydantic model that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def identity_fields(self) -> dict[str, Any]:
+        """Return the JSON form of the fields that change the result (those not marked `NotIdentity`), recursively."""
+        dumped = self.model_dump(mode="json")
+        return {
+            name: _identity_value(getattr(self, name), dumped[name])
+            for name, field in type(self).model_fields.items()
+            if NotIdentity not in field.metadata
+        }
+
+
+def _identity_value(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Model):
+        return value.identity_fields()
+    if isinstance(value, list | tuple):
+        return [_identity_value(item, item_dump) for item, item_dump in zip(value, dumped, strict=True)]
+    if isinstance(value, Mapping):
+        return {str(key): _identity_value(item, dumped[str(key)]) for key, item in value.items()}
+    return dumped
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode a JSON value in one way only: keys sorted, no spaces, UTF-8, no NaN (raises `ValueError`)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+__all__ = ["Field", "Model", "NotIdentity", "Sha256", "canonical_json", "digest"]

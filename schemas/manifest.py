@@ -1,0 +1,214 @@
+"""What an artifact is: its kind, its files with size and SHA-256, and where it comes from.
+
+A manifest is the whole of what tasks hand to each other; data stays on the store. The `content` union is closed and typed:
+one class a kind, holding the few figures that later stages and people need without opening a file.
+"""
+
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator
+
+from schemas.base import Field, Model, Sha256, digest
+
+SCHEMA_VERSION = 1
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
+        raise ValueError("expected a normalised relative path inside the artifact, such as 'unet/config.json'")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+
+
+class FileEntry(Model):
+    """One file of an artifact."""
+
+    path: RelativePath
+    size: Annotated[int, Field(ge=0)]
+    """Bytes."""
+    sha256: Sha256
+
+
+class ImageShards(Model):
+    """Webdataset tar shards (image, caption, JSON of the row) plus `failures.parquet`."""
+
+    kind: Literal["image_shards"] = "image_shards"
+    rows_in_table: int
+    rows_dropped: dict[str, int] = {}
+    """Rows dropped before download, by reason."""
+    images: int
+    failures: dict[str, int] = {}
+    """Rows that could not be fetched or decoded, by reason."""
+    shards: int
+
+
+class Selection(Model):
+    """Webdataset tar shards of the images that passed, plus `verdicts.parquet` with every row's measurements."""
+
+    kind: Literal["selection"] = "selection"
+    images_in: int
+    images: int
+    dropped: dict[str, int] = {}
+    """Images dropped, by the first criterion that failed."""
+    shards: int
+
+
+class Latents(Model):
+    """Safetensors shards of latents and text embeddings, `unconditional.safetensors`, and `index.parquet`."""
+
+    kind: Literal["latents"] = "latents"
+    samples: int
+    shards: int
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of one latent, already multiplied by the teacher's scaling factor."""
+    text_tokens: int
+    text_features: int
+    teacher: Sha256
+    """Identity of the teacher whose VAE and text encoders were used."""
+
+
+class Teacher(Model):
+    """A complete diffusers pipeline folder, copied into the store so that later stages need nothing else."""
+
+    kind: Literal["teacher"] = "teacher"
+    architecture: str
+    """The pipeline class of diffusers, such as `StableDiffusionXLPipeline`."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    resolution: int
+    """Pixels on a side that the UNet was trained for."""
+    weights_digest: Sha256
+    """Digest over every file of the pipeline: two teachers with equal weights are one teacher."""
+    parameters: dict[str, int]
+    """Parameter count by component."""
+
+
+class Pairs(Model):
+    """Noise-output pairs of the deterministic teacher sampler."""
+
+    kind: Literal["pairs"] = "pairs"
+    pairs: int
+    shards: int
+    teacher: Sha256
+
+
+class StudentContent(Model):
+    """What every student says of itself, so that a sampler needs no guess."""
+
+    method: str
+    """Family and objective, such as `lightning-mse` or `lcm`."""
+    steps: tuple[int, ...]
+    """Step counts the student is meant for, largest first."""
+    timesteps: dict[int, tuple[int, ...]]
+    """The exact timestep grid for each step count, descending."""
+    sampler: Literal["trailing", "lcm"]
+    """`trailing`: DDIM/Euler on the trailing grid; `lcm`: LCMScheduler."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    guidance_scale: float
+    """Imagen-convention scale to sample with; 1 means no guidance."""
+    teacher: Sha256
+    training_steps: int
+
+
+class StudentUNet(StudentContent):
+    """`unet/` in diffusers layout."""
+
+    kind: Literal["student_unet"] = "student_unet"
+
+
+class StudentLoRA(StudentContent):
+    """`pytorch_lora_weights.safetensors` in diffusers layout, alpha stored."""
+
+    kind: Literal["student_lora"] = "student_lora"
+    rank: int
+    alpha: float
+
+
+class Evaluation(Model):
+    """`report.html`, `scores.parquet`, `report.json`, sample grids."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    scores: dict[str, dict[str, float]]
+    """`{"<model>@<steps>": {"fid_teacher": ..., ...}}`."""
+    prompts: int
+
+
+class PublishedModel(Model):
+    """A folder that plain diffusers calls load."""
+
+    kind: Literal["published_model"] = "published_model"
+    variants: dict[str, dict[str, Any]]
+    """By variant name: steps, kind (unet or lora), subfolder, sampler."""
+
+
+Content = Annotated[
+    ImageShards | Selection | Latents | Teacher | Pairs | StudentUNet | StudentLoRA | Evaluation | PublishedModel,
+    Field(discriminator="kind"),
+]
+
+
+class Cost(Model):
+    """What making the artifact took. Not part of anything's identity."""
+
+    wall_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    """Peak resident memory of the stage's process (host)."""
+
+
+class Lineage(Model):
+    """Where an artifact comes from: enough to make it again."""
+
+    stage: str
+    """Name of the stage in the registry, such as `lightning`."""
+    node: str
+    """Name of the step in the plan, such as `lightning-32-8`."""
+    revision: int
+    """Revision of the stage's code: raised when its results change."""
+    config: dict[str, Any]
+    """The stage's whole configuration, as JSON."""
+    inputs: dict[str, Sha256]
+    """Identity of every input artifact, and the content digest of every outside file, by name."""
+    teacher_digest: Sha256 | None = None
+    source_revision: str = "unknown"
+    """Git revision of the project's code."""
+    libraries: dict[str, str] = {}
+    host: str = ""
+    device: str = ""
+    finished_at: datetime | None = None
+    cost: Cost = Cost()
+
+
+class Manifest(Model):
+    """An artifact: exists if and only if its manifest does."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    identity: Sha256
+    content: Content
+    files: tuple[FileEntry, ...]
+    """Sorted by path."""
+    lineage: Lineage
+
+    @property
+    def kind(self) -> str:
+        return self.content.kind
+
+    @property
+    def bytes(self) -> int:
+        """Total size of the artifact's files in bytes."""
+        return sum(entry.size for entry in self.files)
+
+    @property
+    def files_digest(self) -> str:
+        """One digest over every file's path and SHA-256: equal exactly when two artifacts hold equal bytes."""
+        return digest([[entry.path, entry.sha256] for entry in self.files])
+
+    def file(self, path: str) -> FileEntry:
+        """Return the entry of one file. Raises `KeyError` naming the artifact."""
+        for entry in self.files:
+            if entry.path == path:
+                return entry
+        raise KeyError(f"artifact {self.identity[:12]} ({self.kind}) holds no file {path!r}")
