@@ -1,0 +1,25 @@
+"""Errors that carry one clear sentence for the person who can act on it.
+
+`BadInput` is the user's to mend (exit code 2) and is raised before costly work; `RunFailed` is a run that could not go on (exit code 1).
+Only `Transient` may be retried: the same call may pass later.
+"""
+
+
+class DistillError(Exception):
+    """Base of all errors the project raises on purpose."""
+
+
+class BadInput(DistillError):
+    """A recipe, table, teacher, address or argument is wrong. The message says what, where and what was expected."""
+
+
+class RunFailed(DistillError):
+    """A run met a condition it must not go on from (too many failed downloads, NaN in a loss, a full disk)."""
+
+
+class CorruptArtifact(RunFailed):
+    """Bytes on the store differ from what the manifest promises."""
+
+
+class Transient(DistillError):
+    """A network or store failure that may pass: retried with backoff, and safe to retry from outside."""
