@@ -6,13 +6,14 @@ one class a kind, holding the few figures that later stages and people need with
 
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Generic, Literal
 
 from pydantic import AfterValidator
+from typing_extensions import TypeVar
 
 from schemas.base import Field, Model, Sha256, digest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 
 def _inside(path: str) -> str:
@@ -151,6 +152,9 @@ Content = Annotated[
 ]
 
 
+C = TypeVar("C", bound=Model, default=Content)
+
+
 class Cost(Model):
     """What making the artifact took. Not part of anything's identity."""
 
@@ -182,19 +186,22 @@ class Lineage(Model):
     cost: Cost = Cost()
 
 
-class Manifest(Model):
-    """An artifact: exists if and only if its manifest does."""
+class Manifest(Model, Generic[C]):
+    """An artifact: exists if and only if its manifest does.
+
+    `Manifest` is any artifact; `Manifest[Latents]` is one of that kind, and validating another kind against it is refused.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     identity: Sha256
-    content: Content
+    content: C
     files: tuple[FileEntry, ...]
     """Sorted by path."""
     lineage: Lineage
 
     @property
     def kind(self) -> str:
-        return self.content.kind
+        return str(self.content.kind)  # type: ignore[attr-defined]  # every member of the union has one
 
     @property
     def bytes(self) -> int:

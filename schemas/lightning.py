@@ -1,0 +1,107 @@
+"""Recipe section of `lightning`: progressive distillation along a nested chain of step counts (SDXL-Lightning, arXiv 2402.13929)."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import model_validator
+
+from schemas.base import Field, Model
+from schemas.training import OptimizerConfig, PositiveInt, TrainingConfig
+
+TRAIN_TIMESTEPS = 1000
+"""T of every UNet teacher of this family; a paper's timestep T is index T - 1."""
+
+
+def trailing_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tuple[int, ...]:
+    """Timesteps of the trailing grid, descending from T - 1: round(T - i T / N) - 1 (SDXL-Lightning 3.5).
+
+    The rounding is half-to-even, as numpy's and so diffusers' is.
+    """
+    return tuple(round(train_timesteps - i * train_timesteps / steps) - 1 for i in range(steps))
+
+
+class LinkConfig(TrainingConfig):
+    """One link of the chain: a student of `steps` steps learns from a teacher of `teacher_steps` steps. The identity of one stage run."""
+
+    teacher_steps: PositiveInt
+    steps: PositiveInt
+    guidance_scale: float = 1.0
+    """Imagen-convention scale uncond + s (cond - uncond) of the teacher's calls; 1: unguided, as on all links but the first."""
+    network: Literal["unet", "lora"] = "unet"
+    lora_rank: PositiveInt = 64
+    lora_alpha: Annotated[float, Field(gt=0)] = 64
+    prediction: Literal["teacher", "sample"] = "teacher"
+    """`sample`: the student is switched to predict x0 (SDXL-Lightning 3.7.3), by `conversion_steps` of eq. 27-29 first."""
+    conversion_steps: Annotated[int, Field(ge=0)] = 0
+    optimizer: OptimizerConfig
+
+
+class LinkOverride(Model):
+    """What one link does differently from the section."""
+
+    training_steps: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    network: Literal["unet", "lora"] | None = None
+    prediction: Literal["teacher", "sample"] | None = None
+    conversion_steps: Annotated[int, Field(ge=0)] | None = None
+
+
+class LightningConfig(TrainingConfig):
+    """`lightning`: the chain, with settings for all links and overrides by the student's step count."""
+
+    chain: tuple[PositiveInt, ...] = (128, 32, 8, 4, 2, 1)
+    """Step counts, largest first; each grid must contain the next. SDXL-Lightning 3.6."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 6.0
+    """Imagen-convention scale of the first link, absorbed by its student. SDXL-Lightning 3.6."""
+    training_steps: PositiveInt = 10_000
+    """Optimiser steps of each link. Not published."""
+    batch_size: PositiveInt = 512
+    """SDXL-Lightning 3.6."""
+    network: Literal["unet", "lora"] = "unet"
+    lora_rank: PositiveInt = 64
+    lora_alpha: Annotated[float, Field(gt=0)] = 64
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    """Adam(.9, .999), 1e-5, no weight decay: SDXL-Lightning 3.6, of the MSE links."""
+    links: Mapping[PositiveInt, LinkOverride] = {}
+    """Overrides by the step count of the link's student."""
+
+    @model_validator(mode="after")
+    def _chain_nests(self) -> "LightningConfig":
+        if len(self.chain) < 2:
+            raise ValueError(f"chain {list(self.chain)}: expected at least two step counts, such as [8, 4]")
+        for many, few in pairwise(self.chain):
+            if many % few or not set(trailing_timesteps(few)) < set(trailing_timesteps(many)):
+                raise ValueError(f"chain: the grid of {few} steps does not nest in that of {many}; expected a divisor of {many} below it")
+        unknown = sorted(set(self.links) - set(self.chain[1:]))
+        if unknown:
+            raise ValueError(f"links: {unknown} are no students of the chain; expected step counts among {list(self.chain[1:])}")
+        for steps in self.chain[1:]:
+            link = self.link(steps)
+            if link.network == "lora" and link.prediction == "sample":
+                raise ValueError(
+                    f"links.{steps}: a LoRA cannot carry the switch to x0-prediction (SDXL-Lightning 3.6); "
+                    "expected network: unet where prediction is sample"
+                )
+        return self
+
+    def link(self, steps: int) -> LinkConfig:
+        """Return the configuration of the link whose student takes `steps` steps."""
+        position = self.chain.index(steps)
+        override = self.links.get(steps, LinkOverride())
+        changed = {name: value for name in LinkOverride.model_fields if (value := getattr(override, name)) is not None}
+        learning_rate = changed.pop("learning_rate", self.optimizer.learning_rate)
+        shared = {name: getattr(self, name) for name in LinkConfig.model_fields if name in LightningConfig.model_fields}
+        return LinkConfig(
+            **(
+                shared
+                | {
+                    "teacher_steps": self.chain[position - 1],
+                    "steps": steps,
+                    "guidance_scale": self.guidance_scale if position == 1 else 1.0,
+                    "optimizer": self.optimizer.model_copy(update={"learning_rate": learning_rate}),
+                }
+                | changed
+            )
+        )
