@@ -1,8 +1,9 @@
 """Make torchvision importable beside a CPU-only torch.
 
-The torchvision wheel of PyPI is linked against CUDA; beside a CPU build of torch its `_C` library cannot be loaded, the operators it would define
-are missing, and `import torchvision` fails, and with it transformers and peft, which import it when it is installed. Declaring the schemas of the two operators
-that torchvision registers fake kernels for is enough for all that we use of it (transforms and model definitions in plain torch).
+The torchvision wheel of PyPI is linked against CUDA. Beside a CPU build of torch its `_C` library cannot be loaded, the operators it would
+define are missing, and `import torchvision` fails, and with it transformers and peft, which import it when it is installed. Declaring the
+schemas of the two operators that torchvision registers fake kernels for is enough for all that we use of it (transforms and models in plain
+torch).
 """
 
 import importlib.util

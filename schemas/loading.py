@@ -66,14 +66,14 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise BadInput(f"--set {override}: the value is not YAML: {error}") from error
     node: Any = data
     for key in keys[:-1]:
-        if node.get(_key(node, key)) is None:
-            node[_key(node, key)] = {}
-        node = node[_key(node, key)]
+        if node.get(_key(key)) is None:
+            node[_key(key)] = {}
+        node = node[_key(key)]
         if not isinstance(node, dict):
             raise BadInput(f"--set {override}: {key} is {node!r}, expected a section")
-    node[_key(node, keys[-1])] = value
+    node[_key(keys[-1])] = value
 
 
-def _key(node: dict[Any, Any], key: str) -> Any:
+def _key(key: str) -> Any:
     """YAML reads `4:` as a number; an override's `lightning.links.4` must find it."""
     return int(key) if key.isdigit() else key

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Annotated, ClassVar
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from schemas.base import Field, Model, NotIdentity
@@ -39,7 +39,7 @@ class Recipe(Model):
     cross_checks: ClassVar[list[Callable[["Recipe"], list[Mistake]]]] = []
 
     @model_validator(mode="after")
-    def _sections_agree(self, info: ValidationInfo) -> "Recipe":
+    def _sections_agree(self) -> "Recipe":
         mistakes = [mistake for check in self.cross_checks for mistake in check(self)]
         if mistakes:
             raise ValidationError.from_exception_data(
@@ -74,13 +74,11 @@ def _aesthetic_has_a_source(recipe: Recipe) -> list[Mistake]:
 def _ingest_drops_only_what_select_would(recipe: Recipe) -> list[Mistake]:
     mistakes: list[Mistake] = []
     if recipe.ingest.min_side_px > recipe.select.min_side_px:
-        expected = (
-            f"rows would be dropped before download that select keeps: expected at most select.min_side_px = {recipe.select.min_side_px}"
-        )
+        expected = f"would drop rows that select keeps: expected at most select.min_side_px = {recipe.select.min_side_px}"
         mistakes.append((("ingest", "min_side_px"), recipe.ingest.min_side_px, expected))
     early, late = recipe.ingest.min_aesthetic, recipe.select.min_aesthetic
     if early is not None and (late is None or early > late):
-        expected = f"rows would be dropped before download that select keeps: expected at most select.min_aesthetic = {late}, or null"
+        expected = f"would drop rows that select keeps: expected at most select.min_aesthetic = {late}, or null"
         mistakes.append((("ingest", "min_aesthetic"), early, expected))
     return mistakes
 

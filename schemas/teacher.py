@@ -12,7 +12,7 @@ class TeacherConfig(Model):
     """`teacher`: any diffusers text-to-image pipeline with a UNet (SD1.5, SD2.x, SDXL)."""
 
     source: Annotated[str, NotIdentity]
-    """Folder in diffusers layout, hub id, or address of a folder on object storage. The weights' digest, not the place, is part of the identity."""
+    """Folder in diffusers layout, hub id, or address of one on object storage. Identity has the weights' digest, not the place."""
     revision: Annotated[str | None, NotIdentity] = None
     """Revision on the hub. null: the newest."""
     variant: Annotated[str | None, NotIdentity] = None
