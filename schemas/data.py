@@ -24,7 +24,7 @@ class IngestConfig(Model):
     """`ingest`: URL table to webdataset shards of downloaded images."""
 
     table: Annotated[str, NotIdentity]
-    """Path or address (local, s3://) of a parquet or csv file, or a folder of parquet. Its content is part of the identity, not its place."""
+    """Path or address (local, s3://) of a parquet or csv file, or folder of parquet. Its content is part of the identity, not its place."""
     columns: ColumnMap = ColumnMap()
     min_side_px: Annotated[int, Field(ge=0)] = 1024
     """Rows whose stated short side is not strictly above this are dropped before download (pixels). SDXL-Lightning 3.6."""
@@ -54,7 +54,7 @@ class SelectConfig(Model):
     aesthetic_predictor: Annotated[str | None, NotIdentity] = None
     """Folder of a LAION aesthetic predictor (CLIP and MLP head) for rows without a score. null: such rows are dropped."""
     min_sharpness: Annotated[float, Field(ge=0)] = 0.02
-    """Lower bound of the Laplacian variance over luma variance at `analysis_px`. SDXL-Lightning 3.6 filters by Laplacian; bound not published."""
+    """Lower bound of the Laplacian variance over luma variance at `analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
     analysis_px: Annotated[int, Field(ge=16)] = 512
     """Short side at which sharpness is measured (pixels), so that it does not depend on the picture's size."""
     shard_images: Annotated[int, Field(ge=1)] = 1000

@@ -1,0 +1,141 @@
+"""From a recipe to the list of stage runs, each with its identity, before anything runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from schemas.base import Model, digest
+from schemas.errors import BadInput
+from schemas.recipe import Recipe
+from stages.registry import stage
+
+Source = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One run of one stage."""
+
+    name: str
+    """Unique in the plan, such as `lightning-32-8`."""
+    stage: str
+    config: Model
+    seed: int
+    inputs: Mapping[str, Source] = field(default_factory=dict)
+    """Nodes whose artifacts it reads, by the field of the stage's `Inputs`; a tuple for a field that is a mapping by node name."""
+    outside: Mapping[str, str] = field(default_factory=dict)
+    """Addresses of what lies outside the store (the URL table, the teacher's folder), by name; their content digests are part of the identity."""
+
+    def upstream(self) -> tuple[str, ...]:
+        """Names of the nodes it reads, in order."""
+        return tuple(name for source in self.inputs.values() for name in ((source,) if isinstance(source, str) else source))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stage runs of a recipe in an order in which each comes after what it reads, with their identities."""
+
+    recipe: Recipe
+    nodes: tuple[Node, ...]
+    identities: Mapping[str, str]
+    """By node name."""
+    input_digests: Mapping[str, Mapping[str, str]]
+    """By node name: identity of each input artifact and content digest of each outside file."""
+
+    def node(self, name: str) -> Node:
+        """Return a node by its name, or by its stage's where that is unique. Raises `BadInput` with the names there are."""
+        matches = [node for node in self.nodes if node.name == name] or [node for node in self.nodes if node.stage == name]
+        if len(matches) != 1:
+            expected = ", ".join(node.name for node in matches or self.nodes)
+            raise BadInput(f"stage {name!r}: {'names several runs' if matches else 'is not in this recipe'}; expected one of {expected}")
+        return matches[0]
+
+
+def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
+    """List the stage runs a recipe asks for, without looking at any outside file."""
+    seed = recipe.seed
+    nodes = [
+        Node("ingest", "ingest", recipe.ingest, seed, outside={"table": recipe.ingest.table}),
+        Node("select", "select", recipe.select, seed, inputs={"images": "ingest"}),
+    ]
+    if recipe.select.aesthetic_predictor is not None:
+        nodes[-1] = Node(
+            "select",
+            "select",
+            recipe.select,
+            seed,
+            {"images": "ingest"},
+            outside={"aesthetic_predictor": recipe.select.aesthetic_predictor},
+        )
+    if recipe.teacher is not None:
+        teacher = "teacher"
+        nodes.append(Node(teacher, "teacher", recipe.teacher, seed, outside={"source": recipe.teacher.source}))
+    else:
+        assert recipe.train_teacher is not None, "the recipe's own check"
+        teacher = "train-teacher"
+        nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs={"images": "select"}))
+    nodes.append(Node("encode", "encode", recipe.encode, seed, inputs={"images": "select", "teacher": teacher}))
+
+    students: list[str] = []
+    if recipe.lightning is not None:
+        previous = teacher
+        for steps in recipe.lightning.chain[1:]:
+            link = recipe.lightning.link(steps)
+            name = f"lightning-{link.teacher_steps}-{link.steps}"
+            inputs: dict[str, Source] = {"teacher": teacher, "latents": "encode"}
+            if previous != teacher:
+                inputs["previous"] = previous
+            nodes.append(Node(name, "lightning", link, seed, inputs))
+            students.append(name)
+            previous = name
+    if recipe.lcm is not None:
+        nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs={"teacher": teacher, "latents": "encode"}))
+        students.append("lcm")
+    if recipe.evaluate is not None:
+        outside = {"prompts": recipe.evaluate.prompts} if recipe.evaluate.prompts is not None else {}
+        inputs = {"teacher": teacher, "latents": "encode", "images": "select", "students": tuple(students)}
+        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, outside))
+    if recipe.publish is not None:
+        nodes.append(
+            Node(
+                "publish",
+                "publish",
+                recipe.publish,
+                seed,
+                inputs={"teacher": teacher, "students": tuple(students), "evaluation": "evaluate"},
+            )
+        )
+    return tuple(nodes)
+
+
+def make_plan(recipe: Recipe, outside_digest: Callable[[str], str]) -> Plan:
+    """Give every stage run its identity.
+
+    `outside_digest` returns the content digest of an outside address (`infra.outside.content_digest`). An identity is the digest of (stage name,
+    stage revision, the configuration's identity fields, seed, digests of the inputs): equal identity, equal artifact.
+    """
+    nodes = nodes_of(recipe)
+    identities: dict[str, str] = {}
+    inputs: dict[str, dict[str, str]] = {}
+    for node in nodes:
+        digests = {name: outside_digest(address) for name, address in node.outside.items()}
+        for name, source in node.inputs.items():
+            if isinstance(source, str):
+                digests[name] = identities[source]
+            else:
+                digests |= {f"{name}.{upstream}": identities[upstream] for upstream in source}
+        inputs[node.name] = digests
+        identities[node.name] = identity_of(node, digests)
+    return Plan(recipe, nodes, identities, inputs)
+
+
+def identity_of(node: Node, input_digests: Mapping[str, str]) -> str:
+    """Digest of all that may change the result of a stage run."""
+    return digest(
+        {
+            "stage": node.stage,
+            "revision": stage(node.stage).revision,
+            "config": node.config.identity_fields(),
+            "seed": node.seed,
+            "inputs": dict(input_digests),
+        }
+    )

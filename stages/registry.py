@@ -1,0 +1,58 @@
+"""Every stage by name: its configuration, its revision, the kind it makes and where its function is. Adding a method is one line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from schemas.base import Model
+from schemas.data import EncodeConfig, IngestConfig, SelectConfig
+from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig, PublishConfig
+from schemas.lcm import LcmConfig
+from schemas.lightning import LinkConfig
+from schemas.manifest import Manifest
+from schemas.teacher import TeacherConfig, TrainTeacherConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of work. The module is imported only when it runs, so that planning needs no torch."""
+
+    name: str
+    config: type[Model]
+    makes: tuple[str, ...]
+    """Artifact kinds it may publish."""
+    module: str
+    """Module with `run(config, inputs, workspace) -> Manifest` and the class `Inputs` (a model whose fields are manifests)."""
+    revision: int = 1
+    """Raised whenever the stage's results change for the same configuration and inputs."""
+
+    def load(self) -> tuple[Callable[..., Manifest], type[Model]]:
+        """Import the stage: its run function and its Inputs class."""
+        module: Any = import_module(self.module)
+        return module.run, module.Inputs
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("ingest", IngestConfig, ("image_shards",), "stages.ingest"),
+        Stage("select", SelectConfig, ("selection",), "stages.select"),
+        Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
+        Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
+        Stage("encode", EncodeConfig, ("latents",), "stages.encode"),
+        Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning"),
+        Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm"),
+        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate"),
+        Stage("publish", PublishConfig, ("published_model",), "stages.publish"),
+    )
+}
+
+
+def stage(name: str) -> Stage:
+    """Return a stage by name. Raises `BadInput` with the names there are."""
+    try:
+        return STAGES[name]
+    except KeyError:
+        raise BadInput(f"stage {name!r}: expected one of {', '.join(STAGES)}") from None

@@ -1,0 +1,131 @@
+"""Run one node of a plan: find it finished, or take its lease, run the stage, publish. The only way a stage is run, with Prefect or without."""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.store import ArtifactStore
+
+from infra.progress import NullProgress, Progress
+from infra.provenance import describe_host, library_versions, source_revision
+from schemas.base import Model
+from schemas.errors import RunFailed
+from schemas.manifest import Lineage, Manifest, Teacher
+from stages.plan import Node, Plan
+from stages.registry import stage
+from stages.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where stages run: the same for every node of a run, and without influence on any result."""
+
+    store: ArtifactStore
+    device: str = "cpu"
+    scratch: Path | None = None
+    """Parent of the scratch folders. None: the system's temporary folder."""
+    progress: Callable[[Node], AbstractContextManager[Progress]] = field(default=lambda _node: nullcontext(NullProgress()))
+
+
+def execute(plan: Plan, node: Node, surroundings: Surroundings, inputs: Mapping[str, Manifest] | None = None) -> Manifest:
+    """Return the node's artifact, made now or found.
+
+    `inputs` are manifests of upstream nodes by node name; those not given are found on the store by identity. Raises `RunFailed` when an input does
+    not exist, and whatever the stage raises. A process killed at any moment leaves a state from which the same call goes on.
+    """
+    identity = plan.identities[node.name]
+    store = surroundings.store
+    found = find_complete(store, identity)
+    if found is not None:
+        logger.info("%s: found %s", node.name, identity[:12])
+        return found
+    known = dict(inputs or {})
+    for name in node.upstream():
+        known[name] = known.get(name) or _required(store, plan, name, node)
+    with store.lease(identity) as lease:
+        if lease.already_done:
+            found = find_complete(store, identity)
+            if found is not None:
+                return found
+        manifest = _run(plan, node, surroundings, known)
+    store.delete_parts(identity)
+    return manifest
+
+
+def find_complete(store: ArtifactStore, identity: str) -> Manifest | None:
+    """Return the artifact when its manifest and every object it lists are on the store, else None."""
+    manifest = store.find(identity)
+    if manifest is None:
+        return None
+    if store.is_complete(manifest):
+        return manifest
+    logger.warning("artifact %s: objects are missing on the store; it will be made again", identity[:12])
+    return None
+
+
+def _required(store: ArtifactStore, plan: Plan, name: str, reader: Node) -> Manifest:
+    manifest = find_complete(store, plan.identities[name])
+    if manifest is None:
+        raise RunFailed(
+            f"{reader.name}: its input {name} ({plan.identities[name][:12]}) is not on {store.address}; run that stage first: distill stage {name}"
+        )
+    return manifest
+
+
+def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str, Manifest]) -> Manifest:
+    kind = stage(node.stage)
+    run, inputs_class = kind.load()
+    inputs = _inputs(inputs_class, node, known)
+    scratch = Path(tempfile.mkdtemp(prefix=f"distill-{node.name}-", dir=surroundings.scratch))
+    started = time.monotonic()
+    logger.info("%s: started %s", node.name, plan.identities[node.name][:12])
+    try:
+        with surroundings.progress(node) as progress:
+            workspace = Workspace(
+                store=surroundings.store,
+                identity=plan.identities[node.name],
+                lineage=_lineage(plan, node, surroundings, known),
+                scratch=scratch,
+                seed=node.seed,
+                device=surroundings.device,
+                outside=node.outside,
+                progress=progress,
+                started=started,
+            )
+            manifest = run(node.config, inputs, workspace)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if manifest.kind not in kind.makes:
+        raise RunFailed(f"{node.name}: made a {manifest.kind}, expected {' or '.join(kind.makes)}")
+    logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - started)
+    return manifest
+
+
+def _inputs(inputs_class: type[Model], node: Node, known: Mapping[str, Manifest]) -> Model:
+    fields: dict[str, object] = {}
+    for name, source in node.inputs.items():
+        fields[name] = known[source] if isinstance(source, str) else {upstream: known[upstream] for upstream in source}
+    return inputs_class.model_validate(fields)
+
+
+def _lineage(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str, Manifest]) -> Lineage:
+    teachers = [manifest.content for manifest in known.values() if isinstance(manifest.content, Teacher)]
+    return Lineage(
+        stage=node.stage,
+        node=node.name,
+        revision=stage(node.stage).revision,
+        config=node.config.model_dump(mode="json"),
+        inputs=dict(plan.input_digests[node.name]),
+        teacher_digest=teachers[0].weights_digest if teachers else None,
+        source_revision=source_revision(),
+        libraries=library_versions(),
+        host=describe_host(),
+        device=surroundings.device,
+    )

@@ -1,0 +1,84 @@
+"""What a stage is given beside its configuration and inputs: where to read, write and report. Nothing here may change a result."""
+
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from infra.store import ArtifactStore, Part
+
+from infra.progress import NullProgress, Progress
+from schemas.manifest import Content, Cost, Lineage, Manifest
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The surroundings of one run of one stage."""
+
+    store: ArtifactStore
+    identity: str
+    """Identity of the artifact being made."""
+    lineage: Lineage
+    scratch: Path
+    """An empty folder of this run, deleted afterwards."""
+    seed: int = 0
+    """The recipe's seed, already part of the identity; a section's own seed goes before it."""
+    device: str = "cpu"
+    outside: Mapping[str, str] = field(default_factory=dict)
+    """Address of every outside file the plan digested, by name (the URL table, the teacher's folder)."""
+    progress: Progress = field(default_factory=NullProgress)
+    started: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` at the stage's start."""
+
+    def fetch(self, manifest: Manifest, paths: Sequence[str] | None = None) -> Path:
+        """Return a local folder with the artifact's files (all, or those named), verified. Read only."""
+        return self.store.fetch(manifest, paths)
+
+    def publish(self, folder: Path, content: Content) -> Manifest:
+        """Make the artifact exist: upload every file of `folder`, manifest last. Another writer's finished artifact is adopted."""
+        lineage = self.lineage.model_copy(update={"cost": measured_cost(self.started), "finished_at": datetime.now(UTC)})
+        return self.store.publish(folder, identity=self.identity, content=content, lineage=lineage)
+
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """A fresh folder in scratch, removed at the end of the block."""
+        path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    # Parts: finished shards and checkpoints of an unfinished stage. They survive the process; the runner deletes them once the artifact exists.
+    def save_part(self, name: str, folder: Path, note: Mapping[str, object] | None = None) -> Part:
+        """Keep a finished piece of the stage (a shard, a checkpoint) on the store, atomically."""
+        return self.store.save_part(self.identity, name, folder, note or {})
+
+    def parts(self) -> list[Part]:
+        """Complete pieces that this run or a killed one before it has kept, sorted by name."""
+        return self.store.parts(self.identity)
+
+    def load_part(self, part: Part, destination: Path) -> Path:
+        """Copy a piece into `destination`, verified."""
+        return self.store.load_part(self.identity, part, destination)
+
+    def delete_parts(self, names: Sequence[str]) -> None:
+        """Delete pieces by name."""
+        self.store.delete_parts(self.identity, names)
+
+
+def measured_cost(started: float) -> Cost:
+    """Wall time since `started` (a `time.monotonic()` value) and the peak resident memory of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Cost(wall_seconds=time.monotonic() - started, peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024)
+
+
+def usable_cpus() -> int:
+    """Number of CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
