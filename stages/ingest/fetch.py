@@ -14,6 +14,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import infra
 from schemas.data import IngestConfig
 from schemas.errors import BadInput, RunFailed
 from stages.shards import index_tar
@@ -83,7 +84,8 @@ def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path) -> list[list[
 
 def _run(options: Path) -> str:
     """Run the program to its end, its lines into our log; it never outlives us. Returns its last lines."""
-    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+    search = os.pathsep.join(filter(None, (str(Path(infra.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     last: deque[str] = deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
         [sys.executable, "-P", str(_PROGRAM), str(options)],
