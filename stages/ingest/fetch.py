@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _PROGRAM: Final = Path(__file__).with_name("downloader.py")
 _LAST_LINES: Final = 20
+_ROWS_PER_THREAD: Final = 16
 USER_AGENT_TOKEN: Final = "diffusion-distillery"
 
 
@@ -61,7 +62,8 @@ def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path) -> list[list[
         "output_folder": str(output),
         "output_format": "webdataset",
         "number_sample_per_shard": per_tar,
-        "processes_count": min(config.processes, -(-rows.num_rows // per_tar)),
+        # A process takes seconds to start and its threads fetch side by side, so a few rows are no work for many.
+        "processes_count": min(config.processes, -(-rows.num_rows // (_ROWS_PER_THREAD * config.threads))),
         "thread_count": config.threads,
         "disable_all_reencoding": True,  # the original bytes
         "resize_mode": "no",

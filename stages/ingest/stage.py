@@ -58,7 +58,7 @@ def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
             shards=shards,
         )
         logger.info("%d rows, %d images; dropped %s; failed %s", metadata.seen, content.images, content.rows_dropped, content.failures)
-        return workspace.publish(folder, content)  # type: ignore[return-value]
+        return workspace.publish(folder, content)
 
 
 def _fetch_chunk(config: IngestConfig, workspace: Workspace, name: str, rows: pa.Table, before: list[Chunk]) -> Chunk:

@@ -61,7 +61,7 @@ def run(config: SelectConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
                     writer.add(sample)
         writer.close()
         content = Selection(images_in=judged.num_rows, images=writer.images, dropped=dropped, shards=writer.shards)
-        return workspace.publish(folder, content)  # type: ignore[return-value]
+        return workspace.publish(folder, content)
 
 
 def _measure_all(config: SelectConfig, shards: list[Path], workspace: Workspace) -> Mapping[str, pa.Table]:
