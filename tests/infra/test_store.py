@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import pickle
 import time
@@ -87,6 +88,14 @@ def test_publish_again_adopts_and_remove_forgets(store: ArtifactStore, write: Wr
 def test_pickles_and_still_works(store: ArtifactStore, write: Write) -> None:
     manifest = published(store, write("one", {"a": b"1"}))
     assert pickle.loads(pickle.dumps(store)).find(ID) == manifest
+
+
+def test_works_on_both_sides_of_a_fork(store: ArtifactStore, write: Write) -> None:
+    manifest = published(store, write("one", {"a": b"1"}))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map_async(store.find, [ID] * 4).get(timeout=60) == [manifest] * 4
+        assert tree(pool.apply_async(store.fetch, [manifest]).get(timeout=60)) == {"a": b"1"}
+    assert store.find(ID) == manifest
 
 
 def test_eight_racing_writers_have_one_winner(store: ArtifactStore, address: str, write: Write, tmp_path: Path, other_process) -> None:
