@@ -115,7 +115,8 @@ def test_eight_racing_writers_have_one_winner(store: ArtifactStore, address: str
 
 
 def test_killed_writer_leaves_nothing_visible(store: ArtifactStore, address: str, write: Write, other_process) -> None:
-    folder = write("many", {f"{number:03d}.bin": os.urandom(2000) for number in range(400)})
+    many = 600 if address.startswith("file") else 200  # long enough to be killed in the middle
+    folder = write("many", {f"{number:03d}.bin": os.urandom(2000) for number in range(many)})
     process = other_process("publish", address, ID, str(folder))
     assert process.stdout.readline() == "ready\n"
     while len(list(store._storage.objects(f"artifacts/{ID}/"))) < 3:
