@@ -72,7 +72,12 @@ def start(job: Job) -> subprocess.Popen[str]:
     path = Path(job.folder) / f"{digest(job.model_dump(mode='json'))[:12]}.json"
     path.write_text(job.model_dump_json())
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.stages.killed", str(path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "tests.stages.killed", str(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in the test's own process: the order of a sum depends on the number of threads
     )
 
 
