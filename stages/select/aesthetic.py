@@ -33,9 +33,9 @@ class AestheticPredictor:
     inactive when scoring, and no activations).
     """
 
-    def __init__(self, clip: CLIPVisionModelWithProjection, head: Sequence[tuple[Tensor, Tensor]], device: str) -> None:
-        self.clip: Any = clip
-        self.clip.eval().to(device)
+    def __init__(self, clip: Any, head: Sequence[tuple[Tensor, Tensor]], device: str) -> None:
+        self.clip = clip.eval().to(device)
+        """CLIPVisionModelWithProjection."""
         self.head = [(weight.to(device), bias.to(device)) for weight, bias in head]
         self.device = device
         self.image_size = int(self.clip.config.image_size)
