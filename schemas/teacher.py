@@ -15,8 +15,13 @@ class TeacherConfig(Model):
     """Folder in diffusers layout, hub id, or address of one on object storage. Identity has the weights' digest, not the place."""
     revision: Annotated[str | None, NotIdentity] = None
     """Revision on the hub. null: the newest."""
-    variant: Annotated[str | None, NotIdentity] = None
-    """File variant on the hub, such as `fp16`."""
+    variant: str | None = None
+    """File variant, such as `fp16`. Part of the identity: one folder may hold several."""
+
+    @property
+    def address(self) -> str:
+        """Where the teacher is: the source, with the hub's revision as in `organisation/name@revision`."""
+        return self.source if self.revision is None else f"{self.source}@{self.revision}"
 
 
 class AutoencoderConfig(Model):
