@@ -47,7 +47,7 @@ class TeacherPipeline:
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         parts["unet"] = _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
         force_upcast = read_config(folder, "vae").get("force_upcast", True)
-        vae_dtype = torch.float32 if dtype == torch.float16 and force_upcast else dtype
+        vae_dtype = vae_dtype or (torch.float32 if dtype == torch.float16 and force_upcast else dtype)
         parts["vae"] = _load(diffusers.AutoencoderKL, folder / "vae", vae_dtype)
         parts["text_encoder"] = _load(transformers.CLIPTextModel, folder / "text_encoder", dtype)
         if "text_encoder_2" in components(folder):
