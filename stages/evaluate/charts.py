@@ -7,8 +7,7 @@ from typing import Final
 
 from markupsafe import Markup, escape
 
-_WIDTH, _HEIGHT = 460, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 16, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 12, 42
 _MARKERS: Final = ("circle", "square", "diamond", "triangle")
 
 
@@ -24,31 +23,42 @@ class Series:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_x: bool = False, log_y: bool = False, falling_x: bool = False
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    falling_x: bool = False,
+    size: tuple[int, int] = (420, 270),
 ) -> Markup:
     """Draw lines over x and y.
 
     `log_x`: base-2 axis whose ticks are the x values that occur (step counts). `log_y`: base-10 axis. `falling_x`: largest x on the left.
-    Lines without points are left out; a chart without any point is an empty string.
+    `size` is the drawing's (width, height) in its own pixels, at which the text is legible. Lines without points are left out; a chart without any point is an empty string.
     """
+    width, height = size
     drawn = [line for line in series if line.points]
     if not drawn:
         return Markup("")
     xs = sorted({x for line in drawn for x, _ in line.points})
     ys = [y for line in drawn for _, y in line.points]
-    x_axis = _Axis.over(xs[0], xs[-1], _LEFT, _WIDTH - _RIGHT, log=log_x, flip=falling_x, pad=0.06 if log_x else 0.0)
+    x_axis = _Axis.over(xs[0], xs[-1], _LEFT, width - _RIGHT, log=log_x, flip=falling_x, pad=0.06 if log_x else 0.0)
     y_low, y_high = _limits(min(ys), max(ys), log_y)
-    y_axis = _Axis.over(y_low, y_high, _HEIGHT - _BOTTOM, _TOP, log=log_y, flip=False, pad=0.0)
+    y_axis = _Axis.over(y_low, y_high, height - _BOTTOM, _TOP, log=log_y, flip=False, pad=0.0)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     for tick in _ticks(y_low, y_high, log_y):
         y = y_axis(tick)
-        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
-    for tick in xs if log_x else _ticks(xs[0], xs[-1], log=False):
-        parts.append(f'<text class="tick" x="{x_axis(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>')
-    parts.append(f'<text class="axis" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 5}" text-anchor="end">{escape(x_label)}</text>')
-    parts.append(f'<text class="axis" x="{_LEFT}" y="{_HEIGHT - 5}">{escape(y_label)}</text>')
+    parts.extend(
+        f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>'
+        for tick in (xs if log_x else _ticks(xs[0], xs[-1], log=False))
+    )
+    parts.append(f'<text class="axis" x="{width - _RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text class="axis" x="{_LEFT}" y="{height - 5}">{escape(y_label)}</text>')
     for line in drawn:
         placed = [(x_axis(x), y_axis(y), y) for x, y in sorted(line.points, reverse=falling_x)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed)

@@ -106,19 +106,25 @@ def _quality(summary: Mapping[str, Any], metric: str, title: str, families: Sequ
             if row["family"] == family and row["scores"].get(metric, 0) > 0
         )
         series.append(Series(family, points, slots[family]))
-    chart = line_chart(series, title=title, x_label="sampling steps", y_label="FID, lower is better", log_x=True, log_y=True, falling_x=True)
+    chart = line_chart(
+        series, title=title, x_label="sampling steps", y_label="FID, lower is better", log_x=True, log_y=True, falling_x=True
+    )
     return {"title": title, "svg": chart}
 
 
 def _curve(name: str, curves: Sequence[Curve]) -> Markup:
     positive = all(value > 0 for curve in curves for _, value in curve.points)
     series = [Series(curve.name, curve.points, 1 + number % (_COLOURS - 1), markers=False) for number, curve in enumerate(curves)]
-    return line_chart(series, title=f"{name}: loss", x_label="optimiser step", y_label=", ".join(curve.name for curve in curves), log_y=positive)
+    return line_chart(
+        series, title=f"{name}: loss", x_label="optimiser step", y_label=", ".join(curve.name for curve in curves), log_y=positive
+    )
 
 
 def _funnel(stations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     most = max((station["count"] for station in stations), default=0) or 1
-    return [{**station, "percent": f"{100 * station['count'] / most:.1f}", "lost_total": sum(station["lost"].values())} for station in stations]
+    return [
+        {**station, "percent": f"{100 * station['count'] / most:.1f}", "lost_total": sum(station["lost"].values())} for station in stations
+    ]
 
 
 def _grid(grid: GridPictures) -> dict[str, Any]:

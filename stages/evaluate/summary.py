@@ -105,7 +105,8 @@ def warnings(measured: Measured) -> list[str]:
         )
     if measured.prompts.distinct * measured.config.images_per_prompt < images:
         found.append(
-            f"Only {measured.prompts.distinct} distinct prompts exist for {images} images of a row: they are repeated, each time with another starting noise."
+            f"Only {measured.prompts.distinct} distinct prompts exist for the {images} images of a row: "
+            "they are repeated, each time with another starting noise."
         )
     if measured.config.extractor != "inception":
         found.append(f"Features are those of {measured.extractor.title}, not of Inception: the scale differs from published FIDs.")
@@ -179,7 +180,10 @@ def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
         }
         for manifest in chain
     ]
-    return [*rows, {"node": "evaluate", "kind": "evaluation", "identity": identity, "stage": "evaluate", "revision": stage("evaluate").revision}]
+    return [
+        *rows,
+        {"node": "evaluate", "kind": "evaluation", "identity": identity, "stage": "evaluate", "revision": stage("evaluate").revision},
+    ]
 
 
 def figure(value: float) -> str:
