@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from infra.store import ArtifactStore, Part
+from pydantic import JsonValue
 
 from infra.progress import NullProgress, Progress
+from infra.store import ArtifactStore, Part
 from schemas.manifest import Content, Cost, Lineage, Manifest
 
 
@@ -56,7 +57,7 @@ class Workspace:
             shutil.rmtree(path, ignore_errors=True)
 
     # Parts: finished shards and checkpoints of an unfinished stage. They survive the process; the runner deletes them once the artifact exists.
-    def save_part(self, name: str, folder: Path, note: Mapping[str, object] | None = None) -> Part:
+    def save_part(self, name: str, folder: Path, note: Mapping[str, JsonValue] | None = None) -> Part:
         """Keep a finished piece of the stage (a shard, a checkpoint) on the store, atomically."""
         return self.store.save_part(self.identity, name, folder, note or {})
 

@@ -49,7 +49,7 @@ def test_big_file_and_single_paths(store: ArtifactStore, write: Write, tmp_path:
     folder = store.fetch(manifest, ["unet/config.json"])
     assert list(tree(folder)) == ["unet/config.json"]
     assert (store.fetch(manifest) / "big.bin").read_bytes() == data
-    with pytest.raises(BadInput, match="holds no file '../secret'"):
+    with pytest.raises(BadInput, match=r"holds no file '\.\./secret'"):
         store.fetch(manifest, ["../secret"])
 
 
@@ -61,7 +61,13 @@ def test_find_resolve_and_list(store: ArtifactStore, write: Write) -> None:
     assert store.resolve("111111") == manifests[2]
     assert store.resolve(f"{store.address}/artifacts/{identities[1]}") == manifests[1]
     assert store.resolve("abcdef0") == manifests[0]
-    for reference, why in (("abcdef", "ambiguous"), ("222222", "no such"), ("1111", "6 or more"), ("not-hex!", "6 or more"), ("3" * 64, "no such")):
+    for reference, why in (
+        ("abcdef", "ambiguous"),
+        ("222222", "no such"),
+        ("1111", "6 or more"),
+        ("not-hex!", "6 or more"),
+        ("3" * 64, "no such"),
+    ):
         with pytest.raises(BadInput, match=why):
             store.resolve(reference)
 
@@ -85,8 +91,8 @@ def test_pickles_and_still_works(store: ArtifactStore, write: Write) -> None:
 
 def test_eight_racing_writers_have_one_winner(store: ArtifactStore, address: str, write: Write, tmp_path: Path, other_process) -> None:
     start, processes = tmp_path / "start", []
-    for number in range(4):
-        folders = [str(write(f"{number}-{thread}", {"a": os.urandom(64), "b": b"same"})) for thread in range(2)]
+    for number in range(2):
+        folders = [str(write(f"{number}-{thread}", {"a": os.urandom(64), "b": b"same"})) for thread in range(4)]
         processes.append(other_process("race", address, ID, str(start), *folders))
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -127,8 +133,8 @@ def damage(store: ArtifactStore, manifest: Manifest, path: str, data: bytes | No
     [
         (lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:], "found [0-9a-f]{64}"),
         (lambda data: data[:-1], "expected 20000000 bytes, found 19999999"),
-        (lambda data: b"", "expected 20000000 bytes, found 0"),
-        (lambda data: None, "expected 20000000 bytes .* found no object"),
+        (lambda _: b"", "expected 20000000 bytes, found 0"),
+        (lambda _: None, "expected 20000000 bytes .* found no object"),
     ],
     ids=["flipped byte", "truncated", "empty", "gone"],
 )
@@ -195,7 +201,9 @@ def test_headers_and_tensors_by_range_read(store: ArtifactStore, tmp_path: Path)
     folder = tmp_path / "tensors"
     folder.mkdir()
     generator = np.random.default_rng(0)
-    tensors = {f"block.{i}.{'w' * 60}": generator.standard_normal((i % 7, 3)).astype(np.float32) for i in range(900)}  # a header over 64 KiB
+    tensors = {
+        f"block.{i}.{'w' * 60}": generator.standard_normal((i % 7, 3)).astype(np.float32) for i in range(900)
+    }  # a header over 64 KiB
     tensors["half"] = np.arange(6, dtype=np.float16).reshape(2, 3)
     save_file(tensors, folder / "t.safetensors", metadata={"format": "pt"})
     (folder / "broken.safetensors").write_bytes((folder / "t.safetensors").read_bytes()[:70_000])
