@@ -12,7 +12,7 @@ from torch import Tensor
 from schemas.errors import BadInput
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import UNetDenoiser
-from stages.diffusion.facts import TeacherFacts, components, inspect
+from stages.diffusion.facts import TeacherFacts, components, inspect, read_config
 from stages.diffusion.prediction import prediction_type
 from stages.diffusion.schedule import NoiseSchedule
 
@@ -23,7 +23,7 @@ _DECODED_PIXELS = 2**20
 
 
 class TeacherPipeline:
-    """The parts of a loaded pipeline, frozen and in evaluation mode, behind the few calls that stages need."""
+    """The parts of a loaded pipeline, in evaluation mode, behind the few calls that stages need."""
 
     def __init__(self, pipeline: Any, facts: TeacherFacts, vae_dtype: torch.dtype) -> None:
         self._pipeline = pipeline
@@ -42,13 +42,13 @@ class TeacherPipeline:
         `BadInput` for what `inspect` refuses, and for weights that do not fill the configured networks.
         """
         facts = inspect(folder)
-        parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
         if "text_encoder_2" not in components(folder):
-            parts["requires_safety_checker"] = False
+            parts |= {"safety_checker": None, "requires_safety_checker": False}
         parts["unet"] = _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
-        vae = _load(diffusers.AutoencoderKL, folder / "vae", torch.float32)
-        vae_dtype = torch.float32 if dtype == torch.float16 and vae.config.force_upcast else dtype
-        parts["vae"] = vae.to(vae_dtype)
+        force_upcast = read_config(folder, "vae").get("force_upcast", True)
+        vae_dtype = torch.float32 if dtype == torch.float16 and force_upcast else dtype
+        parts["vae"] = _load(diffusers.AutoencoderKL, folder / "vae", vae_dtype)
         parts["text_encoder"] = _load(transformers.CLIPTextModel, folder / "text_encoder", dtype)
         if "text_encoder_2" in components(folder):
             parts["text_encoder_2"] = _load(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", dtype)
@@ -196,13 +196,13 @@ def _images_at_once(pixels: int) -> int:
 
 def _load(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Load one network, refusing weights that leave a parameter of the configured network at its random start."""
-    argument = {"dtype": dtype} if kind.__module__.startswith("transformers") else {"torch_dtype": dtype}
     try:
-        network, info = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **argument)
+        network, info = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, dtype=dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise BadInput(f"{folder}: its weights do not fit its configuration ({str(error).strip().splitlines()[0]})") from error
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info.get("mismatched_keys") or ()))
     if missing or mismatched:
         what = f"tensors are missing, such as {missing[0]}" if missing else f"shapes differ: {mismatched[0]}"
         raise BadInput(f"{folder}: its weights do not fit its configuration; {what}")
-    return network.requires_grad_(False).eval()
+    # Parameters keep requiring gradients, as plain diffusers leaves them: on CPUs the choice of kernels, and so the last bit, depends on it.
+    return network.eval()
