@@ -98,7 +98,8 @@ class ShardWriter:
         """Append one sample."""
         if self.images % self.shard_images == 0:
             self.close()
-            self._tar = tarfile.open(self.folder / f"shard-{self.shards:05d}.tar", "w", format=tarfile.USTAR_FORMAT)
+            path = self.folder / f"shard-{self.shards:05d}.tar"
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed when the shard is full
         assert self._tar is not None
         members = {sample.extension: sample.image, "json": canonical_json(sample.row), "txt": sample.caption.encode()}
         for extension in sorted(members):

@@ -14,6 +14,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import infra
 from schemas.data import IngestConfig
 from schemas.errors import BadInput, RunFailed
 from stages.shards import index_tar
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _PROGRAM: Final = Path(__file__).with_name("downloader.py")
 _LAST_LINES: Final = 20
+_ROWS_PER_THREAD: Final = 16
 USER_AGENT_TOKEN: Final = "diffusion-distillery"
 
 
@@ -60,7 +62,8 @@ def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path) -> list[list[
         "output_folder": str(output),
         "output_format": "webdataset",
         "number_sample_per_shard": per_tar,
-        "processes_count": min(config.processes, -(-rows.num_rows // per_tar)),
+        # A process takes seconds to start and its threads fetch side by side, so a few rows are no work for many.
+        "processes_count": min(config.processes, -(-rows.num_rows // (_ROWS_PER_THREAD * config.threads))),
         "thread_count": config.threads,
         "disable_all_reencoding": True,  # the original bytes
         "resize_mode": "no",
@@ -83,7 +86,8 @@ def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path) -> list[list[
 
 def _run(options: Path) -> str:
     """Run the program to its end, its lines into our log; it never outlives us. Returns its last lines."""
-    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+    search = os.pathsep.join(filter(None, (str(Path(infra.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     last: deque[str] = deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
         [sys.executable, "-P", str(_PROGRAM), str(options)],

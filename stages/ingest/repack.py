@@ -64,7 +64,13 @@ def make_chunk(rows: pa.Table, config: IngestConfig, scratch: Path, folder: Path
             attempted.append(entry | {"width": None, "height": None, "sha256": None, "failure": reason})
             continue
         attempted.append(entry | {"width": fact.width, "height": fact.height, "sha256": fact.sha256, "failure": None})
-        known = {"url": row["url"], "width": fact.width, "height": fact.height, "aesthetic": finite(row["aesthetic"]), "sha256": fact.sha256}
+        known = {
+            "url": row["url"],
+            "width": fact.width,
+            "height": fact.height,
+            "aesthetic": finite(row["aesthetic"]),
+            "sha256": fact.sha256,
+        }
         writer.add(Sample(key, fact.extension, fetched[row["row"]].read(), row["caption"], known))
     writer.close()
     pq.write_table(pa.Table.from_pylist(attempted, ROWS_SCHEMA), folder / "rows.parquet")
@@ -72,7 +78,7 @@ def make_chunk(rows: pa.Table, config: IngestConfig, scratch: Path, folder: Path
     counts: dict[str, int] = {}
     for failure in failed:
         counts[failure["reason"]] = counts.get(failure["reason"], 0) + 1
-    return Chunk(writer.images, dict(sorted(counts.items())))
+    return Chunk(images=writer.images, failures=dict(sorted(counts.items())))
 
 
 def inspect_group(group: Sequence[Fetched]) -> dict[int, PictureFacts | str]:

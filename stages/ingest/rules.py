@@ -1,15 +1,14 @@
 """What drops a row by its metadata, before anything is downloaded. Each rule is a function from a batch to a mask; the first that hits is counted."""
 
 import hashlib
-import ipaddress
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Final
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.web import is_private_host
 from schemas.data import IngestConfig
 
 Rule = Callable[[pa.RecordBatch, IngestConfig], pa.BooleanArray]
@@ -93,20 +92,6 @@ class MetadataFilter:
         if mark in self._urls:
             return True
         self._urls.add(mark)
-        return False
-
-
-def is_private_host(url: str) -> bool:
-    """Whether the host of `url` is written as a loopback, private or otherwise not global address. A URL that cannot be parsed counts as such."""
-    try:
-        host = (urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:
-        return True
-    if host in ("", "localhost") or host.endswith((".localhost", ".local", ".internal")):
-        return True
-    try:
-        return not ipaddress.ip_address(host).is_global
-    except ValueError:
         return False
 
 

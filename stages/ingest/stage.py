@@ -43,7 +43,9 @@ def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
     for number, rows in enumerate(_chunks(metadata.passing(table.batches()), size)):
         name = f"chunk-{number:05d}"
         done.append(kept[name] if name in kept else _fetch_chunk(config, workspace, name, rows, done))
-        workspace.progress.update(metadata.seen, max(table.rows or 0, metadata.seen), "rows", {"images": sum(chunk.images for chunk in done)})
+        workspace.progress.update(
+            metadata.seen, max(table.rows or 0, metadata.seen), "rows", {"images": sum(chunk.images for chunk in done)}
+        )
     _check_some_passed(metadata, workspace.outside["table"])
     _check_failures(done, config, final=True)
     with workspace.folder("image-shards") as folder:
@@ -56,7 +58,7 @@ def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
             shards=shards,
         )
         logger.info("%d rows, %d images; dropped %s; failed %s", metadata.seen, content.images, content.rows_dropped, content.failures)
-        return workspace.publish(folder, content)  # type: ignore[return-value]
+        return workspace.publish(folder, content)
 
 
 def _fetch_chunk(config: IngestConfig, workspace: Workspace, name: str, rows: pa.Table, before: list[Chunk]) -> Chunk:
@@ -117,7 +119,10 @@ def _listed(counts: dict[str, int]) -> str:
 def _assemble(workspace: Workspace, folder: Path, chunks: int) -> int:
     """Join the chunks kept as parts: their shards numbered through, their tables one after the other. Returns the number of shards."""
     shards = 0
-    with pq.ParquetWriter(folder / "rows.parquet", ROWS_SCHEMA) as rows, pq.ParquetWriter(folder / "failures.parquet", FAILURES_SCHEMA) as failures:
+    with (
+        pq.ParquetWriter(folder / "rows.parquet", ROWS_SCHEMA) as rows,
+        pq.ParquetWriter(folder / "failures.parquet", FAILURES_SCHEMA) as failures,
+    ):
         parts = {part.name: part for part in workspace.parts()}
         for number in range(chunks):
             with workspace.folder("part") as place:
