@@ -36,7 +36,8 @@ def line_chart(
     """Draw lines over x and y.
 
     `log_x`: base-2 axis whose ticks are the x values that occur (step counts). `log_y`: base-10 axis. `falling_x`: largest x on the left.
-    `size` is the drawing's (width, height) in its own pixels, at which the text is legible. Lines without points are left out; a chart without any point is an empty string.
+    `size` is the drawing's (width, height) in its own pixels, at which the text is legible. Lines without points are left out; a chart without
+    any point is an empty string.
     """
     width, height = size
     drawn = [line for line in series if line.points]

@@ -1,7 +1,7 @@
 """Samples of every row: the same prompts and the same starting noise for all, kept shard by shard so that a killed run goes on where it was."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from schemas.errors import BadInput, CorruptArtifact, RunFailed
+from schemas.errors import CorruptArtifact, RunFailed
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.diffusion.sampling import draw_noise, image_generator, make_scheduler, sample
+from stages.diffusion.sampling import draw_noise, image_generator, sample
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import Row
+from stages.evaluate.schedulers import checked_scheduler
 from stages.pictures import decode_rgb
 from stages.shards import Sample, ShardWriter, move_shards, read_samples, shard_paths
 from stages.workspace import Workspace
@@ -33,8 +34,9 @@ _ENCODED_BYTES: Final = 2 * 2**30
 class Sampler:
     """What all rows share: the pipeline, the prompts and the noise."""
 
-    def __init__(self, pipeline: TeacherPipeline, prompts: PromptSet, seed: int, batch_size: int) -> None:
-        self.pipeline, self.prompts, self.seed, self.batch_size = pipeline, prompts, seed, batch_size
+    def __init__(self, pipeline: TeacherPipeline, prompts: PromptSet, *, seed: int, batch_size: int, tick: Callable[[int], None]) -> None:
+        """`tick` hears the number of images as they are done."""
+        self.pipeline, self.prompts, self.seed, self.batch_size, self.tick = pipeline, prompts, seed, batch_size, tick
         self._unconditional: Conditioning | None = None
         self._encoded: dict[int, Conditioning] = {}
 
@@ -75,22 +77,15 @@ class Sampler:
         return self._unconditional
 
 
-def scheduler_of(row: Row, scheduler_config: Any) -> Any:
+def scheduler_of(row: Row, scheduler_config: Mapping[str, Any]) -> Any:
     """The row's diffusers scheduler. Raises `BadInput` where its timesteps are not those that the student's manifest names."""
-    scheduler = make_scheduler(row.sampler, scheduler_config, row.prediction_type)
-    scheduler.set_timesteps(row.steps)
-    found = tuple(int(timestep) for timestep in scheduler.timesteps)
-    if found != row.timesteps:
-        raise BadInput(f"{row.name}: the student names the timesteps {list(row.timesteps)}, its sampler {row.sampler} uses {list(found)}")
-    return scheduler
+    return checked_scheduler(row.name, row.sampler, scheduler_config, row.prediction_type, [row.timesteps])
 
 
-def sample_row(
-    row: Row, load: Callable[[], Denoiser], sampler: Sampler, workspace: Workspace, folder: Path, tick: Callable[[int], None]
-) -> Path:
-    """Make the row's shards in `folder`, taking over what an earlier run has kept; returns `folder`.
+def sample_row(row: Row, load: Callable[[], Denoiser], sampler: Sampler, workspace: Workspace, folder: Path) -> None:
+    """Make the row's shards in `folder`, taking over what an earlier run has kept.
 
-    `load` is called at most once, and not at all when every shard is there. `tick` hears the number of images as they are done.
+    `load` is called at most once, and not at all when every shard is there.
     """
     total = len(sampler.prompts.images)
     per_shard = -(-SHARD_IMAGES // sampler.batch_size) * sampler.batch_size
@@ -103,16 +98,15 @@ def sample_row(
         with workspace.folder(name) as shard:
             if name in kept:
                 workspace.load_part(kept[name], shard)
-                tick(last - first)
+                sampler.tick(last - first)
             else:
                 denoiser = denoiser or load()
-                _write_shard(row, denoiser, sampler, shard, range(first, last), tick)
+                _write_shard(row, denoiser, sampler, shard, range(first, last))
                 workspace.save_part(name, shard)
             move_shards(shard_paths(shard), folder, number)
-    return folder
 
 
-def _write_shard(row: Row, denoiser: Denoiser, sampler: Sampler, folder: Path, images: range, tick: Callable[[int], None]) -> None:
+def _write_shard(row: Row, denoiser: Denoiser, sampler: Sampler, folder: Path, images: range) -> None:
     writer = ShardWriter(folder, len(images))
     for first in range(images.start, images.stop, sampler.batch_size):
         pictures = sampler.batch(row, denoiser, first)
@@ -120,7 +114,7 @@ def _write_shard(row: Row, denoiser: Denoiser, sampler: Sampler, folder: Path, i
             index = first + offset
             about = {"index": index, "seed": sampler.seed, "steps": row.steps}
             writer.add(Sample(f"{index:06d}", "png", _png(picture), sampler.prompts.images[index], about))
-        tick(len(pictures))
+        sampler.tick(len(pictures))
     writer.close()
 
 
@@ -161,4 +155,3 @@ def _png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -47,7 +47,7 @@ class Inputs(Model):
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
 
 
-def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest:
+def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
     """Sample, measure and report.
 
     Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few real images and a student whose timesteps its
@@ -63,19 +63,20 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
 
-    sampler = Sampler(pipeline, prompts, seed, config.batch_size)
-    extractor = functools.cache(lambda: spec.build(workspace.device))
     tick = _ticker(workspace, len(rows) * len(prompts.images))
+    sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
+    extractor = functools.cache(lambda: spec.build(workspace.device))
     with workspace.folder("evaluation") as folder:
         samples = {row.name: folder / "samples" / row.slug for row in rows}
         statistics: dict[str, FeatureStatistics] = {}
         for row in rows:
-            sample_row(row, functools.partial(_denoiser, row, pipeline, inputs, workspace), sampler, workspace, samples[row.name], tick)
+            sample_row(row, functools.partial(_denoiser, row, pipeline, inputs, workspace), sampler, workspace, samples[row.name])
             pictures = functools.partial(read_pictures, samples[row.name])
             statistics[row.name] = FeatureStatistics.of(_features(f"features-{row.slug}", pictures, extractor, workspace))
             _free(workspace.device)
-        real = functools.partial(lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution))
-        reference = FeatureStatistics.of(_features("features-real", real, extractor, workspace))
+        reference = FeatureStatistics.of(
+            _features("features-real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), extractor, workspace)
+        )
 
         measured = Measured(
             identity=workspace.identity,
@@ -109,7 +110,7 @@ def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Wo
 
 
 def _features(
-    name: str, pictures: Callable[[], Sequence[Pixels]], extractor: Callable[[], Extractor], workspace: Workspace
+    name: str, pictures: Callable[[], Iterable[Pixels]], extractor: Callable[[], Extractor], workspace: Workspace
 ) -> NDArray[np.float32]:
     """Features (N, D), kept as a part: a killed run does not look at the pictures again."""
     kept = {part.name: part for part in workspace.parts()}
@@ -136,11 +137,7 @@ def _scores(rows: Sequence[Row], statistics: dict[str, FeatureStatistics], real:
 
 def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dict[str, Path], workspace: Workspace) -> None:
     config, rows = measured.config, measured.rows
-    shown = [
-        index
-        for number in range(config.grid_prompts)
-        if (index := number * config.images_per_prompt) < len(measured.prompts.images)
-    ]
+    shown = [index for number in range(config.grid_prompts) if (index := number * config.images_per_prompt) < len(measured.prompts.images)]
     groups = grid_groups(rows)
     pictures = [[first_pictures(samples[row.name], shown) for row in group.rows] for group in groups]
     grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)

@@ -121,7 +121,7 @@ def verdict(rows: Sequence[Row], scores: Scores) -> str:
     if not students:
         real = ", ".join(f"{figure(values['fid_real'])} in {plural(steps, 'step')}" for steps, values in teacher.items())
         return f"The teacher alone, measured against real images: FID {real}."
-    sentences = []
+    sentences: list[str] = []
     for steps in headline_steps(students):
         best = min((row for row in students if row.steps == steps), key=lambda row: (scores[row.name]["fid_teacher"], row.name))
         value = scores[best.name]["fid_teacher"]

@@ -12,13 +12,11 @@ from stages.evaluate.summary import METRICS, figure, plural
 from stages.publish.variants import Description, Variant
 
 
-def render_card(
-    config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]
-) -> str:
+def render_card(config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]) -> str:
     """Return `README.md`. `summary` is the evaluation's `report.json`; `students` are by node name."""
     environment = Environment(
         loader=PackageLoader("stages.publish", "."),
-        autoescape=False,  # noqa: S701  # Markdown
+        autoescape=False,  # Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -29,11 +27,11 @@ def render_card(
         description=description,
         summary=summary,
         tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
-        snippets={name: {steps: snippet(description, name, variant, steps) for steps in variant.steps[:1]} for name, variant in description.variants.items()},
+        snippets={name: snippet(description, name, variant) for name, variant in description.variants.items()},
         teacher_snippet=teacher_snippet(description) if description.complete else "",
         training={node: manifest.content.training_steps for node, manifest in students.items()},
         plural=plural,
-    )  # fmt: skip
+    )
 
 
 def _metadata(config: PublishConfig, description: Description) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
     return "\n".join(lines)
 
 
-def snippet(description: Description, name: str, variant: Variant, steps: int) -> str:
+def snippet(description: Description, name: str, variant: Variant) -> str:
     """Python that loads one variant with plain diffusers calls and draws a picture with it."""
     builders = {"unet": _load_unet, "lora": _load_lora}
     network = "UNet2DConditionModel" if variant.kind == "unet" else ""
@@ -76,7 +74,7 @@ def snippet(description: Description, name: str, variant: Variant, steps: int) -
             f'model = "{description.name}"  # this folder, or its id on the hub',
             *builders[variant.kind](description, name),
             f'pipeline.scheduler = {variant.scheduler}.from_pretrained(model, subfolder="{name}/scheduler")',
-            *_draw(steps, variant.guidance_scale),
+            *_draw(variant.steps[0], variant.guidance_scale),
         ]
     )
 

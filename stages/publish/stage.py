@@ -9,11 +9,14 @@ from schemas.base import Model
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Evaluation, Manifest, PublishedModel, StudentLoRA, StudentUNet, Teacher
 from stages.diffusion.facts import read_config
-from stages.diffusion.sampling import checked_scheduler
+from stages.evaluate.schedulers import checked_scheduler
 from stages.publish.card import render_card
 from stages.publish.export import check_destination, export_folder
 from stages.publish.variants import DESCRIPTION, Description, TeacherSampling, variant_names, variant_of
 from stages.workspace import Workspace
+
+_PICTURES = ("grid.png", "report.html")
+"""Files of the evaluation that the card shows or links to."""
 
 _LEFT_BEHIND = ("README.md", ".gitattributes", "metrics.parquet")
 
@@ -26,7 +29,7 @@ class Inputs(Model):
     evaluation: Manifest[Evaluation]
 
 
-def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest:
+def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest[PublishedModel]:
     """Lay out the model, write its card, and export it where `config.destination` says.
 
     Raises `BadInput` for a destination where something else lies, before any copying, and for a student whose timesteps its sampler does not have.
@@ -35,7 +38,8 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         check_destination(config.destination)
     teacher = workspace.fetch(inputs.teacher)
     scheduler_config = read_config(teacher, "scheduler", "scheduler_config.json")
-    summary = json.loads((workspace.fetch(inputs.evaluation, ["report.json"]) / "report.json").read_text(encoding="utf-8"))
+    evaluation = workspace.fetch(inputs.evaluation, ["report.json", *_PICTURES])
+    summary = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
     with workspace.folder("published") as folder:
         if config.include_pipeline:
             _copy(inputs.teacher, teacher, folder)
@@ -43,10 +47,9 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         names = variant_names(inputs.students)
         for node, manifest in inputs.students.items():
             content = manifest.content
-            for steps in content.steps:
-                scheduler = checked_scheduler(node, content.sampler, scheduler_config, content.prediction_type, content.timesteps[steps])
+            grids = [content.timesteps[steps] for steps in content.steps]
+            scheduler = checked_scheduler(node, content.sampler, scheduler_config, content.prediction_type, grids)
             _copy(manifest, workspace.fetch(manifest), folder / names[node])
-            scheduler = checked_scheduler(node, content.sampler, scheduler_config, content.prediction_type, None)
             scheduler.save_pretrained(folder / names[node] / "scheduler")
             variants[names[node]] = variant_of(manifest, scheduler)
         description = Description(
@@ -58,12 +61,15 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
             teacher=TeacherSampling(steps=summary["rows"][0]["steps"], guidance_scale=summary["rows"][0]["guidance_scale"]),
             variants=variants,
         )
-        _write(folder, config, inputs, description, summary, workspace)
+        (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(render_card(config, description, summary, inputs.students), encoding="utf-8")
+        for name in _PICTURES:
+            shutil.copyfile(evaluation / name, folder / name)
         published = PublishedModel(variants={name: variant.model_dump(mode="json") for name, variant in variants.items()})
-        manifest = workspace.publish(folder, published)
+        made = workspace.publish(folder, published)
         if config.destination is not None:
             export_folder(folder, config.destination)
-        return manifest
+        return made
 
 
 def _copy(manifest: Manifest[Any], source: Path, destination: Path) -> None:
@@ -73,14 +79,3 @@ def _copy(manifest: Manifest[Any], source: Path, destination: Path) -> None:
             target = destination / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / entry.path, target)
-
-
-def _write(
-    folder: Path, config: PublishConfig, inputs: Inputs, description: Description, summary: dict[str, Any], workspace: Workspace
-) -> None:
-    (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(render_card(config, description, summary, inputs.students), encoding="utf-8")
-    pictures = ["grid.png", "report.html"]
-    evaluation = workspace.fetch(inputs.evaluation, pictures)
-    for name in pictures:
-        shutil.copyfile(evaluation / name, folder / name)

@@ -61,9 +61,7 @@ class Description(Model):
         offered = "; ".join(f"{known} ({'/'.join(map(str, variant.steps))} steps)" for known, variant in self.variants.items()) or "none"
         if name is not None and name not in self.variants:
             raise BadInput(f"variant {name!r}: not in {self.name}; expected one of {offered}")
-        matches = {
-            known: variant for known, variant in self.variants.items() if steps in variant.steps and (name is None or name == known)
-        }
+        matches = {known: variant for known, variant in self.variants.items() if steps in variant.steps and (name is None or name == known)}
         if not matches:
             raise BadInput(f"steps {steps}: {name or self.name} has no variant for it; expected one of {offered}")
         if len(matches) > 1:
