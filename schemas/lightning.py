@@ -84,6 +84,12 @@ class LightningConfig(TrainingConfig):
                     f"links.{steps}: a LoRA cannot carry the switch to x0-prediction (SDXL-Lightning 3.6); "
                     "expected network: unet where prediction is sample"
                 )
+        for many, few in pairwise(self.chain[1:]):
+            if self.link(many).network == "unet" and self.link(few).network == "lora":
+                raise ValueError(
+                    f"links.{few}: a LoRA is published relative to the base teacher and cannot start from the UNet of {many} steps; expected "
+                    f"network: unet for {few} steps, or network: lora for all links before it"
+                )
         return self
 
     def link(self, steps: int) -> LinkConfig:

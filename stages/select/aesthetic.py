@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -34,10 +34,11 @@ class AestheticPredictor:
     """
 
     def __init__(self, clip: CLIPVisionModelWithProjection, head: Sequence[tuple[Tensor, Tensor]], device: str) -> None:
-        self.clip = clip.to(device).eval()
+        self.clip: Any = clip
+        self.clip.eval().to(device)
         self.head = [(weight.to(device), bias.to(device)) for weight, bias in head]
         self.device = device
-        self.image_size: int = clip.config.image_size
+        self.image_size = int(self.clip.config.image_size)
 
     @classmethod
     def load(cls, folder: Path, device: str) -> Self:

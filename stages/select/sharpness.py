@@ -14,10 +14,10 @@ _FLAT: Final = 1e-3
 def sharpness(picture: Image.Image, analysis_px: int) -> float:
     """Variance of the Laplacian over the variance of the luma, after shrinking the short side to `analysis_px` pixels (never enlarging).
 
-    A unitless ratio of at most about 64, rounded to six digits: the mean square gain of the 4-neighbour Laplacian over the picture's spectrum, so white
-    noise gives 20, a checkerboard of pixels 64, photographs in focus a few hundredths, the same blurred by 3 pixels thousandths. Flat pictures
-    and those less than 3 pixels high or wide give 0. The bare variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom autofocusing in
-    brightfield microscopy") moves with contrast and twentyfold with scale.
+    A unitless ratio of at most about 64, rounded to six digits: the mean square gain of the 4-neighbour Laplacian over the picture's spectrum.
+    White noise gives 20, a checkerboard of pixels 64, photographs in focus some hundredths, the same blurred by 3 pixels thousandths. Flat
+    pictures, and those less than 3 pixels high or wide, give 0. The bare variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom
+    autofocusing in brightfield microscopy") moves with contrast and twentyfold with scale.
     """
     luma = shrink(np.asarray(picture.convert("L")), analysis_px).astype(np.float32)
     if min(luma.shape) < 3:
