@@ -16,7 +16,7 @@ define_missing_ops()
 import diffusers  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
-from stages.publish.variants import DESCRIPTION, Description  # noqa: E402
+from stages.publish.variants import DESCRIPTION, TEACHER, Description  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +66,25 @@ def sample(
     Raises `BadInput` with the variants there are when none fits.
     """
     description = read_description(published)
-    if variant == "teacher" or (variant is None and not description.variants and description.complete):
-        pipeline, guidance_scale = _pipeline(description, published, dtype), description.teacher.guidance_scale
+    networks: dict[str, Any] = {}
+    if variant == TEACHER or (variant is None and not description.variants):
+        if not description.complete:
+            raise BadInput(
+                f"{description.name}: the teacher's pipeline is not in it; expected a variant: {', '.join(description.variants)}"
+            )
+        name, scheduler, guidance_scale = TEACHER, description.teacher.scheduler, description.teacher.guidance_scale
+        pipeline = _pipeline(description, published, dtype)
     else:
         name, chosen = description.choose(steps, variant)
-        logger.info("%s: variant %s, %d steps", description.name, name, steps)
-        networks: dict[str, Any] = {}
+        scheduler, guidance_scale = chosen.scheduler, chosen.guidance_scale
         if chosen.kind == "unet":
             unet_class: Any = diffusers.UNet2DConditionModel
             networks["unet"] = unet_class.from_pretrained(published, subfolder=f"{name}/unet", torch_dtype=dtype)
         pipeline = _pipeline(description, published, dtype, **networks)
         if chosen.kind == "lora":
             pipeline.load_lora_weights(str(published), subfolder=name, weight_name=LORA_FILE)
-        pipeline.scheduler = getattr(diffusers, chosen.scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")
-        guidance_scale = chosen.guidance_scale
+    logger.info("%s: %s, %d steps", description.name, name, steps)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn: Image.Image = pipeline.to(device)(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images[

@@ -112,9 +112,7 @@ class Chain:
     def _latents(self) -> Any:
         with tempfile.TemporaryDirectory() as name:
             pq.write_table(pa.table({"caption": list(CAPTIONS)}), Path(name) / "index.parquet")
-            content = Latents(
-                samples=5, shards=1, latent_shape=(4, 8, 8), text_tokens=12, text_features=40, teacher=self.teacher.identity
-            )
+            content = Latents(samples=5, shards=1, latent_shape=(4, 8, 8), text_tokens=12, text_features=40, teacher=self.teacher.identity)
             return self._publish(Path(name), "encode", "encode", content)
 
     def _publish(self, folder: Path, stage: str, node: str, content: Any, inputs: dict[str, str] | None = None) -> Any:

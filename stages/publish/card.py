@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Manifest
 from stages.evaluate.summary import METRICS, figure, plural
-from stages.publish.variants import Description, Variant
+from stages.publish.variants import TEACHER, Description, Variant
 
 
 def render_card(config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]) -> str:
@@ -80,14 +80,17 @@ def snippet(description: Description, name: str, variant: Variant) -> str:
 
 
 def teacher_snippet(description: Description) -> str:
-    """Python that draws with the teacher's own pipeline."""
+    """Python that draws with the teacher, sampled as it was measured."""
+    teacher = description.teacher
     return "\n".join(
         [
             "import torch",
-            f"from diffusers import {description.pipeline}",
+            f"from diffusers import {', '.join(sorted([teacher.scheduler, description.pipeline]))}",
             "",
-            f'pipeline = {description.pipeline}.from_pretrained("{description.name}", torch_dtype=torch.float32)',
-            *_draw(description.teacher.steps, description.teacher.guidance_scale),
+            f'model = "{description.name}"  # this folder, or its id on the hub',
+            f"pipeline = {description.pipeline}.from_pretrained(model, torch_dtype=torch.float32)",
+            f'pipeline.scheduler = {teacher.scheduler}.from_pretrained(model, subfolder="{TEACHER}/scheduler")',
+            *_draw(teacher.steps, teacher.guidance_scale),
         ]
     )
 

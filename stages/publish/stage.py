@@ -12,7 +12,7 @@ from stages.diffusion.facts import read_config
 from stages.evaluate.schedulers import checked_scheduler
 from stages.publish.card import render_card
 from stages.publish.export import check_destination, export_folder
-from stages.publish.variants import DESCRIPTION, Description, TeacherSampling, variant_names, variant_of
+from stages.publish.variants import DESCRIPTION, TEACHER, Description, TeacherSampling, variant_names, variant_of
 from stages.workspace import Workspace
 
 _PICTURES = ("grid.png", "report.html")
@@ -41,8 +41,13 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
     evaluation = workspace.fetch(inputs.evaluation, ["report.json", *_PICTURES])
     summary = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
     with workspace.folder("published") as folder:
+        reference = summary["rows"][0]
+        of_teacher = checked_scheduler(
+            TEACHER, reference["sampler"], scheduler_config, reference["prediction_type"], [reference["timesteps"]]
+        )
         if config.include_pipeline:
             _copy(inputs.teacher, teacher, folder)
+            of_teacher.save_pretrained(folder / TEACHER / "scheduler")
         variants = {}
         names = variant_names(inputs.students)
         for node, manifest in inputs.students.items():
@@ -58,7 +63,9 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
             resolution=inputs.teacher.content.resolution,
             complete=config.include_pipeline,
             base_model=config.base_model,
-            teacher=TeacherSampling(steps=summary["rows"][0]["steps"], guidance_scale=summary["rows"][0]["guidance_scale"]),
+            teacher=TeacherSampling(
+                scheduler=type(of_teacher).__name__, steps=reference["steps"], guidance_scale=reference["guidance_scale"]
+            ),
             variants=variants,
         )
         (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n", encoding="utf-8")

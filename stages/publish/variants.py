@@ -34,9 +34,15 @@ class Variant(Model):
     """Artifact it was made from."""
 
 
+TEACHER = "teacher"
+"""Folder with the scheduler that the teacher was measured with, and the name to sample it by."""
+
+
 class TeacherSampling(Model):
     """How the pipeline at the root was sampled when it was measured."""
 
+    scheduler: str
+    """Scheduler class of diffusers whose configuration lies in `teacher/scheduler/`."""
     steps: int
     guidance_scale: float
 

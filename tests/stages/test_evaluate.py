@@ -194,9 +194,12 @@ def test_rerun_gives_equal_bytes(chain: Chain, inputs: Inputs, evaluated: tuple[
     assert [entry.path for entry in again.files] == [entry.path for entry in first.files]
     for entry in first.files:
         other = (second / entry.path).read_bytes()
-        assert other.replace(again.identity.encode(), first.identity.encode()).replace(
-            again.identity[:12].encode(), first.identity[:12].encode()
-        ) == (folder / entry.path).read_bytes(), entry.path
+        assert (
+            other.replace(again.identity.encode(), first.identity.encode()).replace(
+                again.identity[:12].encode(), first.identity[:12].encode()
+            )
+            == (folder / entry.path).read_bytes()
+        ), entry.path
 
 
 class _Killed(BaseException):
@@ -231,7 +234,9 @@ def test_a_killed_run_goes_on_where_it_was(
 
     sampled: list[int] = []
     batch = samples.Sampler.batch
-    monkeypatch.setattr(samples.Sampler, "batch", lambda self, row, denoiser, first: sampled.append(first) or batch(self, row, denoiser, first))
+    monkeypatch.setattr(
+        samples.Sampler, "batch", lambda self, row, denoiser, first: sampled.append(first) or batch(self, row, denoiser, first)
+    )
     manifest = run(CONFIG, inputs, make_workspace(tmp_path, store, identity="first"))
     assert 0 < len(sampled) < 7 * 3
 
