@@ -20,26 +20,32 @@ class TeacherConfig(Model):
 
 
 class AutoencoderConfig(Model):
-    """The VAE to train: diffusers' AutoencoderKL."""
+    """The VAE to train: diffusers' AutoencoderKL, without attention."""
 
     block_out_channels: tuple[PositiveInt, ...]
     """Channels by level; n levels shrink a picture by 2^(n-1)."""
     layers_per_block: PositiveInt = 1
     latent_channels: PositiveInt = 4
     norm_num_groups: PositiveInt = 8
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
-    edge_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the L1 distance between image gradients, which keeps outlines sharp."""
+    crop_px: PositiveInt | None = None
+    """Side of the random crops it is trained on. null: whole pictures. A network of convolutions learns as much from a crop, for less."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight of the divergence from a standard normal, a mean over latents (latent diffusion, arXiv 2112.10752)."""
+    edge_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the L1 distance between the pictures' finite differences, which keeps outlines sharp."""
     training: TrainingConfig
     optimizer: OptimizerConfig
 
 
 class TextEncoderConfig(Model):
-    """One CLIP text encoder to train together with the UNet."""
+    """One CLIP text encoder, trained together with the UNet."""
 
     hidden_size: PositiveInt
+    projection_dim: PositiveInt
     layers: PositiveInt = 2
     heads: PositiveInt = 2
+    initializer_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Scale of CLIP's initial weights; a small encoder without pretraining needs larger ones."""
 
 
 class UNetConfig(Model):
@@ -50,7 +56,8 @@ class UNetConfig(Model):
     attention_levels: tuple[bool, ...]
     """For each level whether it has transformer blocks."""
     transformer_layers: PositiveInt = 1
-    attention_head_dim: PositiveInt = 32
+    attention_heads: tuple[PositiveInt, ...]
+    """For each level the number of attention heads (diffusers calls it attention_head_dim)."""
     norm_num_groups: PositiveInt = 16
     addition_time_embed_dim: PositiveInt = 16
 
@@ -64,9 +71,14 @@ class TrainTeacherConfig(Model):
     autoencoder: AutoencoderConfig
     text_encoders: tuple[TextEncoderConfig, TextEncoderConfig]
     unet: UNetConfig
+    vocabulary_size: Annotated[int, Field(ge=514)] = 1024
+    """Entries of the tokenizers' vocabulary: bytes, merges learnt from the captions, start and end."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of samples trained with the unconditional embedding, for classifier-free guidance (arXiv 2207.12598)."""
+    random_size_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of samples trained with an original size drawn between `resolution_px` and 32 times that, so that a teacher of small pictures
+    accepts the time ids of any."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
     """Min-SNR loss weighting (arXiv 2303.09556). null: unweighted."""
     training: TrainingConfig
@@ -76,6 +88,7 @@ class TrainTeacherConfig(Model):
 
     @model_validator(mode="after")
     def _levels_agree(self) -> "TrainTeacherConfig":
-        if len(self.unet.attention_levels) != len(self.unet.block_out_channels):
-            raise ValueError("unet.attention_levels needs one entry for each of unet.block_out_channels")
+        levels = len(self.unet.block_out_channels)
+        if len(self.unet.attention_levels) != levels or len(self.unet.attention_heads) != levels:
+            raise ValueError("unet.attention_levels and unet.attention_heads: expected one entry for each of unet.block_out_channels")
         return self

@@ -31,6 +31,8 @@ from schemas.errors import DistillError
 logger = logging.getLogger(__name__)
 
 LEASES = "leases"
+CLOCK_SECONDS = 1.0
+"""Resolution of the time stamps of S3: an age can be this much off."""
 
 
 class LeaseRecord(Model):
@@ -117,7 +119,7 @@ def _latest(storage: Storage, identity: Sha256) -> tuple[ObjectInfo, LeaseRecord
 
 def is_dead(record: LeaseRecord, info: ObjectInfo, now: float) -> bool:
     """Decide from the object alone, `now` being the store's time. A holder that cannot be judged yet counts as living."""
-    return record.released or _process_is_gone(record) or now - info.modified > record.seconds
+    return record.released or _process_is_gone(record) or now - info.modified > record.seconds + CLOCK_SECONDS
 
 
 def has_live_lease(storage: Storage, identity: Sha256) -> bool:

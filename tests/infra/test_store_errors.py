@@ -32,7 +32,7 @@ def credentials(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("s3://", "names no bucket"),
         ("file://", "names no folder"),
         ("", "names no folder"),
-        ("/proc/no/such", "cannot be used: .*: expected a folder"),
+        ("/proc/no/such", "cannot be used: .*: expected a writable folder"),
     ],
 )
 def test_a_wrong_address(address: str, expected: str) -> None:

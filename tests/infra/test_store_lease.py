@@ -87,10 +87,10 @@ def test_a_renewed_lease_is_not_taken(store: ArtifactStore) -> None:
         with store.lease(ID, poll_seconds=0.1):
             took_over.set()
 
-    with store.lease(ID, seconds=0.9) as first:
+    with store.lease(ID, seconds=1.5) as first:
         thread = threading.Thread(target=second)
         thread.start()
-        assert not took_over.wait(2.2)  # more than twice the lease
+        assert not took_over.wait(3.5)  # more than twice the lease
         assert not first.lost
     thread.join(timeout=20)
     assert took_over.is_set()

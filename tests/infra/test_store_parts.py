@@ -69,6 +69,8 @@ def test_a_torn_part_does_not_exist_and_a_damaged_one_is_named(store: ArtifactSt
     with pytest.raises(CorruptArtifact, match=r"shard-2 is damaged: data: expected SHA-256"):
         store.load_part(ID, whole, tmp_path / "loaded")
     assert tree(tmp_path / "loaded") == {}
+    with pytest.raises(ValueError, match="JSON"):
+        store.save_part(ID, "shard-3", write("3", {}), {"step": object()})
     with pytest.raises(BadInput, match=r"part name '\.\./x'"):
         store.save_part(ID, "../x", tmp_path)
 
