@@ -1,0 +1,31 @@
+"""Settings of this installation, read from the environment. What a run computes is in its recipe, never here."""
+
+from typing import Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra.store.settings import StoreSettings
+from schemas.errors import BadInput
+
+
+class Settings(BaseSettings):
+    """`DISTILL_STORE_ADDRESS` says where artifacts lie; the other `DISTILL_STORE_*` say how to get there."""
+
+    model_config = SettingsConfigDict(env_prefix="DISTILL_", frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    store_address: str = "file://./store"
+    """`file:///folder`, a plain path, or `s3://bucket/prefix`."""
+    store: StoreSettings = Field(default_factory=StoreSettings)
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read the environment. Raises `BadInput` naming every variable that is wrong."""
+        try:
+            return cls()
+        except ValidationError as error:
+            prefix = "DISTILL_STORE_" if error.title == StoreSettings.__name__ else "DISTILL_"
+            wrong = "; ".join(
+                f"{prefix}{'_'.join(str(part) for part in item['loc']).upper()}={item['input']!r}: {item['msg']}" for item in error.errors()
+            )
+            raise BadInput(f"wrong setting in the environment: {wrong}") from error
