@@ -33,7 +33,7 @@ def local_copy(address: str, folder: Path) -> Path:
     system, path = fsspec.core.url_to_fs(address)
     if "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
         return Path(path)
-    target = folder / path.rstrip("/").rsplit("/", 1)[-1]
+    target = folder / str(path).rstrip("/").rsplit("/", 1)[-1]
     if system.isfile(path):
         system.get_file(path, str(target))
         return target

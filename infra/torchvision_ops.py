@@ -8,6 +8,7 @@ torch).
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def define_missing_ops() -> None:
         return
     if _torchvision_loads():
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)
@@ -32,7 +33,7 @@ def _torchvision_loads() -> bool:
     folder = Path(next(iter(spec.submodule_search_locations)))
     for library in sorted(folder.glob("_C*.so")) + sorted(folder.glob("_C*.pyd")):
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         except OSError:
             return False
     return hasattr(torch.ops.torchvision, "nms")

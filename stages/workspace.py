@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from infra.store import ArtifactStore, Part
+from pydantic import JsonValue
 
 from infra.progress import NullProgress, Progress
-from schemas.manifest import Content, Cost, Lineage, Manifest
+from infra.store import ArtifactStore, Part
+from schemas.manifest import C, Cost, Lineage, Manifest
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,15 @@ class Workspace:
     started: float = field(default_factory=time.monotonic)
     """`time.monotonic()` at the stage's start."""
 
-    def fetch(self, manifest: Manifest, paths: Sequence[str] | None = None) -> Path:
+    def fetch(self, manifest: Manifest[Any], paths: Sequence[str] | None = None) -> Path:
         """Return a local folder with the artifact's files (all, or those named), verified. Read only."""
         return self.store.fetch(manifest, paths)
 
-    def publish(self, folder: Path, content: Content) -> Manifest:
+    def publish(self, folder: Path, content: C) -> Manifest[C]:
         """Make the artifact exist: upload every file of `folder`, manifest last. Another writer's finished artifact is adopted."""
         lineage = self.lineage.model_copy(update={"cost": measured_cost(self.started), "finished_at": datetime.now(UTC)})
-        return self.store.publish(folder, identity=self.identity, content=content, lineage=lineage)
+        manifest: Any = self.store.publish(folder, identity=self.identity, content=content, lineage=lineage)  # type: ignore[arg-type]
+        return manifest  # type: ignore[no-any-return]
 
     @contextmanager
     def folder(self, name: str) -> Iterator[Path]:
@@ -56,7 +59,7 @@ class Workspace:
             shutil.rmtree(path, ignore_errors=True)
 
     # Parts: finished shards and checkpoints of an unfinished stage. They survive the process; the runner deletes them once the artifact exists.
-    def save_part(self, name: str, folder: Path, note: Mapping[str, object] | None = None) -> Part:
+    def save_part(self, name: str, folder: Path, note: Mapping[str, JsonValue] | None = None) -> Part:
         """Keep a finished piece of the stage (a shard, a checkpoint) on the store, atomically."""
         return self.store.save_part(self.identity, name, folder, note or {})
 

@@ -1,9 +1,10 @@
 """A lease keeps a second run from doing the same work at the same time.
 
 Lease objects are numbered generations, `leases/<identity>/<n>.json`, each created by a create-only put: of any number of takers of
-generation n + 1 exactly one wins, on every backend, with no compare-and-swap. Only the holder of a generation writes it again, to renew or
-release it; a holder that was taken over sees the higher generation and knows it lost. Should two runs work at once all the same (a holder cut
-off from the store for longer than its lease), the artifact's conditional manifest still lets one win: a lease saves work, it guards no result.
+generation n + 1 exactly one wins, on every backend, with no compare-and-swap. Only the holder of a generation writes it again, to renew
+or release it; a holder that was taken over sees the higher generation and knows it lost. Should two runs work at once all the same (a
+holder cut off from the store for longer than its lease), the conditional manifest still lets one win: a lease saves work, it guards no
+result.
 
 When is a holder dead? (1) It said so (released). (2) It ran on this host, under this boot and process namespace, and its process is gone:
 known at once after kill -9. (3) By the store's own clock its last renewal is older than the lease: no clocks of hosts are compared.
@@ -30,6 +31,8 @@ from schemas.errors import DistillError
 logger = logging.getLogger(__name__)
 
 LEASES = "leases"
+CLOCK_SECONDS = 1.0
+"""Resolution of the time stamps of S3: an age can be this much off."""
 
 
 class LeaseRecord(Model):
@@ -116,7 +119,7 @@ def _latest(storage: Storage, identity: Sha256) -> tuple[ObjectInfo, LeaseRecord
 
 def is_dead(record: LeaseRecord, info: ObjectInfo, now: float) -> bool:
     """Decide from the object alone, `now` being the store's time. A holder that cannot be judged yet counts as living."""
-    return record.released or _process_is_gone(record) or now - info.modified > record.seconds
+    return record.released or _process_is_gone(record) or now - info.modified > record.seconds + CLOCK_SECONDS
 
 
 def has_live_lease(storage: Storage, identity: Sha256) -> bool:

@@ -20,7 +20,7 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 def disk_error(error: OSError, path: Path) -> Exception:
     """Turn the operating system's refusal to write into the error a person can act on."""
     if error.errno in DISK_FULL:
-        return RunFailed(f"disk full: writing {path} failed: {error.strerror}. Free space, then run again: it goes on from here")
+        return RunFailed(f"disk full: cannot write {path} ({error.strerror}): free space")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return BadInput(f"cannot write {path}: {error.strerror}")
     return error
@@ -42,7 +42,7 @@ class LocalStorage:
             (self.root / key).unlink()
         except OSError as error:
             raise BadInput(
-                f"store {self.address} cannot be used: {error.strerror or error}: expected a folder that can be written and allows hard links"
+                f"store {self.address} cannot be used: {error.strerror or error}: expected a writable folder that allows hard links"
             ) from error
 
     def now(self) -> float:

@@ -35,13 +35,13 @@ def part_prefix(identity: Sha256, name: str) -> str:
     return f"{PARTS}/{identity}/{name}"
 
 
-def save(storage: Storage, identity: Sha256, name: str, folder: Path, note: Mapping[str, JsonValue], *, workers: int) -> Part:
+def save(storage: Storage, identity: Sha256, name: str, folder: Path, note: Mapping[str, object], *, workers: int) -> Part:
     """Upload a folder as a part. A part of that name that is there is replaced, at once."""
     try:
         _part_name.validate_python(name)
     except ValidationError as error:
         raise BadInput(f"part name {name!r}: expected letters, digits, dots, dashes and underscores") from error
-    part = Part(name=name, note=dict(note), files=scan(folder, workers))
+    part = Part.model_validate({"name": name, "note": dict(note), "files": scan(folder, workers)})
     prefix = part_prefix(identity, name)
     upload_missing(storage, folder, prefix, part.files, workers)
     storage.put(f"{prefix}/part.json", part.model_dump_json(indent=1).encode())

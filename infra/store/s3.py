@@ -34,6 +34,7 @@ PROBES = ".probe"
 
 PASSING_ERRORS = (
     botocore.exceptions.HTTPClientError,
+    botocore.exceptions.ConnectionError,
     botocore.exceptions.IncompleteReadError,
     aiohttp.ClientError,
     ConnectionError,

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from infra.store import lease, parts, safetensors_header, transfer
 from infra.store.cache import ReadCache
@@ -243,8 +243,11 @@ class ArtifactStore:
         except (KeyError, ValidationError) as error:
             raise BadInput(f"artifact {manifest.identity[:12]} ({manifest.kind}) holds no file {path!r}") from error
 
-    def save_part(self, identity: str, name: str, folder: Path, note: Mapping[str, JsonValue] | None = None) -> Part:
-        """Keep the files below `folder` as a finished piece of an unfinished artifact. Replaces one of the same name, at once."""
+    def save_part(self, identity: str, name: str, folder: Path, note: Mapping[str, object] | None = None) -> Part:
+        """Keep the files below `folder` as a finished piece of an unfinished artifact. Replaces one of the same name, at once.
+
+        `note` must be JSON (`ValueError` otherwise).
+        """
         return parts.save(self._storage, _checked(identity), name, folder, note or {}, workers=self._workers)
 
     def parts(self, identity: str) -> list[Part]:

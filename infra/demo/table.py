@@ -1,0 +1,108 @@
+"""The demo's table of URLs: real drawings above and below 1024 px, and beside them everything that goes wrong on the web.
+
+The faults are planted, and said to be: dead addresses, a refused connection, truncated and foreign files, pictures smaller than the table
+claims, blurred copies, low scores, a repeated address, an empty caption. The aesthetic scores are planted too; OpenMoji has none.
+"""
+
+import io
+import json
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from infra.demo.emoji import captions, render, variant
+from PIL import Image, ImageFilter
+
+LARGE: Final = (1088, 1152, 1216, 1280)
+SMALL: Final = (512, 768, 1000)
+_CLOSED_PORT: Final = 9  # discard: nothing listens there
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Pictures on disk and the table that points to them."""
+
+    pictures: Path
+    table: Path
+    port: int
+    """The table's addresses name 127.0.0.1 and this port."""
+
+
+def make_collection(folder: Path, *, large: int = 176, small: int = 32, seed: int = 0) -> Collection:
+    """Render the pictures and write the table; a folder that is complete already is used as it is.
+
+    The port is chosen once and kept, because it stands in the addresses, the addresses in the table, and the table's digest in every identity.
+    """
+    stamp = folder / "collection.json"
+    pictures, table = folder / "pictures", folder / "urls.parquet"
+    wanted = {"large": large, "small": small, "seed": seed}
+    if stamp.exists():
+        kept = json.loads(stamp.read_text())
+        if kept["made_of"] == wanted:
+            return Collection(pictures, table, kept["port"])
+    pictures.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    rows = _good(pictures, large, small, seed)
+    rows += _planted(pictures, rows, seed)
+    for row in rows:
+        if "://" not in str(row["url"]):
+            row["url"] = f"http://127.0.0.1:{port}/{row['url']}"
+    schema = pa.schema(
+        [("url", pa.string()), ("caption", pa.string()), ("width", pa.int64()), ("height", pa.int64()), ("aesthetic", pa.float64())]
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), table)
+    stamp.write_text(json.dumps({"made_of": wanted, "port": port}))
+    return Collection(pictures, table, port)
+
+
+def _good(pictures: Path, large: int, small: int, seed: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for index, one in enumerate(captions(seed, large + small)):
+        side = LARGE[index % len(LARGE)] if index < large else SMALL[index % len(SMALL)]
+        image_format = ("png", "jpg")[index % 2]
+        name = f"{index:05d}.{image_format}"
+        (pictures / name).write_bytes(render(one, side, variant(seed, index), "png" if image_format == "png" else "jpg"))
+        rows.append(_row(name, one.caption, side, 5.6 + (index % 20) / 10))
+    return rows
+
+
+def _planted(pictures: Path, good: list[dict[str, object]], seed: int) -> list[dict[str, object]]:
+    """Rows that must not survive, each for one reason."""
+    whole = [(pictures / str(row["url"])).read_bytes() for row in good[:8]]
+    rows = [_row(f"gone-{index}.png", "a picture that is gone", 1200, 6.0) for index in range(6)]
+    rows += [_row(f"http://127.0.0.1:{_CLOSED_PORT}/{index}.png", "a host that is down", 1200, 6.0) for index in range(2)]
+    for index in range(4):
+        (pictures / f"truncated-{index}.png").write_bytes(whole[2 * index][: len(whole[2 * index]) // 2])
+        rows.append(_row(f"truncated-{index}.png", "a broken download", 1200, 6.0))
+    for index in range(2):
+        (pictures / f"page-{index}.jpg").write_text("<html><body>This picture has moved.</body></html>")
+        rows.append(_row(f"page-{index}.jpg", "a page in a picture's place", 1200, 6.0))
+    for index in range(6):
+        (pictures / f"blurred-{index}.jpg").write_bytes(_blurred(whole[index]))
+        rows.append(_row(f"blurred-{index}.jpg", "a blurred picture", 1200, 6.0))
+    for index, one in enumerate(captions(seed + 1, 4)):
+        (pictures / f"claims-{index}.png").write_bytes(render(one, 640, variant(seed + 1, index)))
+        rows.append(_row(f"claims-{index}.png", one.caption, 2048, 6.0))
+    rows += [{**row, "url": f"{row['url']}?low", "aesthetic": 4.9} for row in good[:4]]
+    rows += [dict(row) for row in good[:3]]
+    rows += [{**row, "url": f"{row['url']}?silent", "caption": ""} for row in good[:2]]
+    return rows
+
+
+def _row(url: str, caption: str, side: int, aesthetic: float) -> dict[str, object]:
+    return {"url": url, "caption": caption, "width": side, "height": side, "aesthetic": aesthetic}
+
+
+def _blurred(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").filter(ImageFilter.GaussianBlur(24)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,71 @@
+"""What a denoiser is conditioned on beside x_t and t: text embeddings, pooled text, SDXL's size and crop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Conditioning of a batch. Teachers without pooled text or micro-conditioning (SD1.5, SD2.x) leave those None."""
+
+    prompt_embeds: Tensor
+    """(B, L, F)."""
+    pooled: Tensor | None = None
+    """(B, P), of the second text encoder only."""
+    time_ids: Tensor | None = None
+    """(B, 6) pixels: original height and width, crop top and left, target height and width (SDXL, arXiv 2307.01952, 2.2)."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.prompt_embeds)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all tensors; change the type of the embeddings. Time ids keep theirs: bfloat16 has no 1023."""
+        moved = self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        return replace(moved, time_ids=None if self.time_ids is None else self.time_ids.to(device=device))
+
+    def with_time_ids(self, time_ids: Tensor | None) -> "Conditioning":
+        """The same text with other time ids, (B, 6) or (1, 6) for all; None takes them away."""
+        if time_ids is not None and len(time_ids) != self.batch:
+            time_ids = time_ids.expand(self.batch, -1)
+        return Conditioning(self.prompt_embeds, self.pooled, time_ids)
+
+    def expand(self, batch: int) -> Self:
+        """Repeat a conditioning of batch 1 `batch` times (no copy)."""
+        return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
+
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Self:
+        """Part of the batch; an integer keeps the batch dimension, with size 1."""
+        if isinstance(index, int):
+            index = slice(index, index + 1) if index != -1 else slice(index, None)
+        return self._map(lambda tensor: tensor[index])
+
+    @staticmethod
+    def cat(parts: "Sequence[Conditioning]") -> "Conditioning":
+        """Concatenate batches. Raises `ValueError` when only some have pooled text or time ids."""
+        return Conditioning(
+            torch.cat([part.prompt_embeds for part in parts]),
+            _cat_optional([part.pooled for part in parts], "pooled"),
+            _cat_optional([part.time_ids for part in parts], "time_ids"),
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(
+            change(self.prompt_embeds),
+            None if self.pooled is None else change(self.pooled),
+            None if self.time_ids is None else change(self.time_ids),
+        )
+
+
+def _cat_optional(parts: Sequence[Tensor | None], name: str) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    if len(present) != len(parts):
+        raise ValueError(f"{name}: given for {len(present)} of {len(parts)} conditionings; expected all or none")
+    return torch.cat(present)

@@ -1,0 +1,116 @@
+"""The one way methods see a network that denoises: the output at x_t, what it means, and its noise schedule."""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from stages.diffusion.conditioning import Conditioning
+from stages.diffusion.guidance import guide_imagen
+from stages.diffusion.prediction import PredictionType
+from stages.diffusion.schedule import NoiseSchedule
+
+
+class Denoiser(Protocol):
+    """A teacher, a student or an exact score. Implementations differ in the network; methods do not see it."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of its timesteps."""
+        ...
+
+    @property
+    def prediction(self) -> PredictionType:
+        """What its output means."""
+        ...
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Output (B, C, h, w) at x_t (B, C, h, w) and timesteps (B,) long, conditioned on B samples."""
+        ...
+
+
+class Prediction(NamedTuple):
+    """A denoiser's output read both ways, float32 or wider, each (B, C, h, w)."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+def guided_output(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    *,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """The denoiser's output, guided in the Imagen convention where `guidance_scale` is above 1.
+
+    Both halves go through the network in one call, unconditional first, as in diffusers' pipelines. Raises `ValueError` when guidance is asked for
+    without an unconditional.
+    """
+    if guidance_scale <= 1:
+        return denoiser(x_t, timesteps, conditioning)
+    if unconditional is None:
+        raise ValueError(f"guidance_scale {guidance_scale}: expected an unconditional conditioning")
+    if unconditional.batch != conditioning.batch:
+        unconditional = unconditional.expand(conditioning.batch)
+    both = Conditioning.cat([unconditional, conditioning])
+    output = denoiser(_twice(x_t), _twice(timesteps), both)
+    half_unconditional, half_conditional = output.chunk(2)
+    return guide_imagen(half_unconditional, half_conditional, guidance_scale)
+
+
+def predict(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    *,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+) -> Prediction:
+    """x0 and eps of the denoiser's (guided) output; x0 and eps are guided consistently because both are affine in the output."""
+    output = guided_output(denoiser, x_t, timesteps, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
+    alpha, sigma = denoiser.schedule.alpha_sigma(timesteps, x_t.ndim)
+    return Prediction(*denoiser.prediction.to_x0_eps(output, x_t, alpha, sigma))
+
+
+class UNetDenoiser:
+    """diffusers' UNet2DConditionModel of SD1.5, SD2.x or SDXL, possibly with a LoRA on it."""
+
+    def __init__(self, unet: Any, schedule: NoiseSchedule, prediction: PredictionType) -> None:
+        self.unet = unet
+        self._schedule = schedule
+        self._prediction = prediction
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule it was trained with."""
+        return self._schedule
+
+    @property
+    def prediction(self) -> PredictionType:
+        """What its output means."""
+        return self._prediction
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Output (B, C, h, w) in the UNet's type. Raises `ValueError` when an SDXL-type UNet gets no pooled text or time ids."""
+        unet = self.unet
+        added = None
+        if unet.config.addition_embed_type == "text_time":
+            if conditioning.pooled is None or conditioning.time_ids is None:
+                raise ValueError("conditioning of an SDXL-type UNet: expected pooled text and time ids")
+            added = {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": conditioning.time_ids}
+        output: Tensor = unet(
+            x_t.to(unet.dtype),
+            timesteps,
+            encoder_hidden_states=conditioning.prompt_embeds.to(unet.dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x.repeat(2, *(1,) * (x.ndim - 1))

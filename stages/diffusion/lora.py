@@ -1,0 +1,135 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a UNet: added from a seed, saved in diffusers' layout with alpha, merged without a trace."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from schemas.errors import BadInput
+
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+"""Every conv and linear except input conv, output conv and the shared time-embedding linears (SDXL-Lightning, arXiv 2402.13929, 3.6; LCM-LoRA)."""
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name `load_lora_weights` looks for in a folder."""
+
+_ADAPTER = "default"
+_METADATA_KEY = "lora_adapter_metadata"  # where diffusers' loaders read rank and alpha from
+
+
+def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parameter]:
+    """Add an adapter that changes nothing yet (B = 0) and freeze the rest; returns its parameters, in the order of their names.
+
+    A is drawn as in the reference implementation, Kaiming-uniform with a = sqrt(5), from `seed` alone: the global random state is neither read nor
+    moved. The output is scaled by alpha / rank. Raises `BadInput` when the UNet has an adapter already.
+    """
+    if getattr(unet, "peft_config", None):
+        raise BadInput("UNet: it has a LoRA adapter already; merge or remove it first")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), init_lora_weights=True)
+    with torch.random.fork_rng(devices=[]):
+        unet.add_adapter(config, adapter_name=_ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in _named_adapter_parameters(unet):
+        drawn = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            parameter.copy_(drawn)
+    return lora_parameters(unet)
+
+
+def lora_parameters(unet: Any) -> list[nn.Parameter]:
+    """The adapter's parameters in the order of their names; the same ones that require gradients after `add_lora`."""
+    return [parameter for _, parameter in _named_adapter_parameters(unet)]
+
+
+def lora_state(unet: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by peft's names, such as `down_blocks.0.resnets.0.conv1.lora_A.weight`, sorted."""
+    return dict(sorted(get_peft_model_state_dict(unet, adapter_name=_ADAPTER).items()))
+
+
+def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:
+    """Set the tensors of an adapter that `add_lora` added. Raises `BadInput` when names differ."""
+    expected = lora_state(unet).keys()
+    if expected != state.keys():
+        raise BadInput(
+            f"LoRA state: {len(expected ^ state.keys())} names differ from the adapter's, such as {min(expected ^ state.keys())}"
+        )
+    set_peft_model_state_dict(unet, dict(state), adapter_name=_ADAPTER)
+
+
+def save_lora(unet: Any, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the adapter as `pytorch_lora_weights.safetensors` in `folder`, loadable by `pipeline.load_lora_weights(folder)`; returns the file.
+
+    Rank, alpha and targets are stored, so that alpha != rank survives. The bytes depend on the adapter alone. `dtype` casts the tensors.
+    """
+    config = unet.peft_config[_ADAPTER]
+    # Only what rebuilds the adapter: peft's whole configuration differs from version to version, and its target set has no order.
+    described = {"unet.r": config.r, "unet.lora_alpha": config.lora_alpha, "unet.target_modules": list(LORA_TARGETS)}
+    tensors = {f"unet.{name}": tensor.detach().to("cpu", dtype).contiguous() for name, tensor in lora_state(unet).items()}
+    path = folder / LORA_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt", _METADATA_KEY: json.dumps(described, sort_keys=True)})
+    return path
+
+
+def load_lora(unet: Any, folder: Path) -> list[nn.Parameter]:
+    """Add the adapter saved in `folder` to a UNet without one; returns its parameters, trainable.
+
+    Raises `BadInput` for a file that is none of ours.
+    """
+    path = folder / LORA_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            state = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); expected a LoRA in diffusers layout") from error
+    if not {"unet.r", "unet.lora_alpha"} <= described.keys():
+        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {_METADATA_KEY} with unet.r and unet.lora_alpha")
+    parameters = add_lora(unet, described["unet.r"], described["unet.lora_alpha"], seed=0)
+    load_lora_state(unet, state)
+    return parameters
+
+
+def merge_lora(unet: Any) -> None:
+    """Add the adapter into the weights and remove it: afterwards the UNet has the names and modules of one that never had an adapter.
+
+    All parameters require gradients again.
+    """
+    unet.fuse_lora()
+    remove_lora(unet)
+
+
+def remove_lora(unet: Any) -> None:
+    """Remove the adapter and its traces (deleting adapters alone leaves `base_layer` names, which reload broken)."""
+    unet.unload_lora()
+    unet.requires_grad_(True)
+
+
+def _named_adapter_parameters(unet: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    named = ((name, parameter) for name, parameter in unet.named_parameters() if ".lora_A." in name or ".lora_B." in name)
+    return iter(sorted(named, key=lambda item: item[0]))

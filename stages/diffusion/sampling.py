@@ -1,0 +1,101 @@
+"""Sampling through diffusers' own scheduler objects, operation for operation like its pipelines, so that a plain pipeline call gives equal bits."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler, LCMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from schemas.errors import BadInput
+from stages.diffusion.conditioning import Conditioning
+from stages.diffusion.denoiser import Denoiser, guided_output
+from stages.diffusion.schedule import SCHEDULE_KEYS
+
+
+def _trailing(schedule: dict[str, Any], prediction_type: str) -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler(**schedule, prediction_type=prediction_type, timestep_spacing="trailing")
+
+
+def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:
+    return LCMScheduler(**schedule, prediction_type=prediction_type)
+
+
+SAMPLERS: Mapping[str, Callable[[dict[str, Any], str], Any]] = {"trailing": _trailing, "lcm": _lcm}
+"""`trailing`: Euler (equal to DDIM) on the trailing grid, as SDXL-Lightning is sampled; `lcm`: LCMScheduler with its 50-point grid."""
+
+
+def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction_type: str) -> Any:
+    """The diffusers scheduler to sample with and to publish: the teacher's noise schedule, everything else the sampler's own.
+
+    A teacher's own sampler settings (Karras sigmas, clipping, step offset) are left behind. Raises `BadInput` for an unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise BadInput(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    schedule = {key: scheduler_config[key] for key in SCHEDULE_KEYS if key in scheduler_config}
+    return SAMPLERS[sampler](schedule, prediction_type)
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    *,
+    scheduler: Any,
+    steps: int,
+    guidance_scale: float = 1.0,
+    unconditional: Conditioning | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Latents (B, C, h, w) from `noise` (B, C, h, w) of unit variance in `steps` calls of the denoiser.
+
+    `guidance_scale` is Imagen's; above 1 it needs `unconditional`. `generator`, one or one an image, gives the noise an LCM step adds: the same
+    generators handed to a diffusers pipeline, which draws the starting noise from them first, give the same images. `callback(step, latents)` sees
+    the latents after each step.
+    """
+    scheduler.set_timesteps(steps, device=noise.device)
+    begin = getattr(scheduler, "set_begin_index", None)
+    if begin is not None:
+        begin(0)
+    random = list(generator) if isinstance(generator, Sequence) else generator
+    extra = {"generator": random} if _takes_generator(scheduler) else {}
+    latents: Tensor = noise * scheduler.init_noise_sigma
+    for step, timestep in enumerate(scheduler.timesteps):
+        output = guided_output(
+            denoiser,
+            scheduler.scale_model_input(latents, timestep),
+            timestep.long().expand(len(latents)),
+            conditioning,
+            unconditional=unconditional,
+            guidance_scale=guidance_scale,
+        )
+        latents = scheduler.step(output, timestep, latents, **extra, return_dict=False)[0]
+        if callback is not None:
+            callback(step, latents)
+    return latents
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random generator of one image, a function of (seed, index) only. It lives on the CPU, so that devices agree."""
+    hashed = hashlib.sha256(f"image/{seed}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """Starting noise (B, *shape) float32, one draw a generator, as diffusers' pipelines draw it from `generator=[...]`."""
+    noise: Tensor = randn_tensor((len(generators), *shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
+    return noise
+
+
+def starting_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """Starting noise (1, *shape) of one image: the first draw of `image_generator(seed, index)`."""
+    return draw_noise([image_generator(seed, index)], shape)
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters

@@ -1,0 +1,140 @@
+"""Fetching one chunk of rows with img2dataset in processes of its own, and what it says became of each row."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import infra
+from schemas.data import IngestConfig
+from schemas.errors import BadInput, RunFailed
+from stages.shards import index_tar
+
+logger = logging.getLogger(__name__)
+
+_PROGRAM: Final = Path(__file__).with_name("downloader.py")
+_LAST_LINES: Final = 20
+_ROWS_PER_THREAD: Final = 16
+USER_AGENT_TOKEN: Final = "diffusion-distillery"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What became of one row: bytes at a place in a tar file, or a failure as `reason: detail`."""
+
+    row: int
+    tar: Path | None = None
+    offset: int = 0
+    size: int = 0
+    failure: str | None = None
+
+    def read(self) -> bytes:
+        """The downloaded file."""
+        assert self.tar is not None, "only of rows that were fetched"
+        with self.tar.open("rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.size)
+
+
+def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path) -> list[list[Fetched]]:
+    """Download the `url` of every row and return what became of each, one list for each tar that img2dataset wrote below `folder`.
+
+    Raises `BadInput` when img2dataset is not installed, and `RunFailed` when it ends badly or leaves rows without a word.
+    """
+    pq.write_table(rows.select(["row", "url"]), folder / "urls.parquet")
+    output = folder / "downloaded"
+    # Several tars for each process, so that none of them waits for the last one; what is in which does not matter, we sort.
+    per_tar = max(1, min(1000, -(-rows.num_rows // (4 * config.processes))))
+    arguments = {
+        "url_list": str(folder / "urls.parquet"),
+        "input_format": "parquet",
+        "url_col": "url",
+        "save_additional_columns": ["row"],
+        "output_folder": str(output),
+        "output_format": "webdataset",
+        "number_sample_per_shard": per_tar,
+        # A process takes seconds to start and its threads fetch side by side, so a few rows are no work for many.
+        "processes_count": min(config.processes, -(-rows.num_rows // (_ROWS_PER_THREAD * config.threads))),
+        "thread_count": config.threads,
+        "disable_all_reencoding": True,  # the original bytes
+        "resize_mode": "no",
+        "extract_exif": False,
+        "compute_hash": None,
+        "timeout": config.timeout_seconds,
+        "retries": config.retries,
+        "user_agent_token": USER_AGENT_TOKEN,
+        "enable_wandb": False,
+    }
+    options = {"download": arguments, "max_bytes": config.max_file_bytes, "allow_private": config.allow_private_addresses}
+    (folder / "options.json").write_text(json.dumps(options))
+    last_lines = _run(folder / "options.json")
+    fetched = [_outcomes(statuses) for statuses in sorted(output.glob("*.parquet"))]
+    missing = rows.num_rows - sum(map(len, fetched))
+    if missing:
+        raise RunFailed(f"img2dataset ended without a word on {missing} of {rows.num_rows} rows; its last lines:\n{last_lines}")
+    return fetched
+
+
+def _run(options: Path) -> str:
+    """Run the program to its end, its lines into our log; it never outlives us. Returns its last lines."""
+    search = os.pathsep.join(filter(None, (str(Path(infra.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(_PROGRAM), str(options)],
+        stdin=subprocess.PIPE,  # its lifeline: closed by the system when this process ends, however it ends
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if text := line.rstrip():
+                last.append(text)
+                logger.info("img2dataset: %s", text)
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+    lines = "\n".join(last)
+    if "No module named 'img2dataset'" in lines:
+        raise BadInput("ingest needs img2dataset: install the extra `data` (pip install 'diffusion-distillery[data]')")
+    if status != 0:
+        raise RunFailed(f"img2dataset ended with status {status}; its last lines:\n{lines}")
+    return lines
+
+
+def _outcomes(statuses: Path) -> list[Fetched]:
+    table = pq.read_table(statuses, columns=["key", "row", "status", "error_message"])
+    tar = statuses.with_suffix(".tar")
+    places = {name: place for name, *place in index_tar(tar)}
+    outcomes = []
+    for key, row, status, message in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        if status == "success":
+            offset, size = places[f"{key}.jpg"]
+            outcomes.append(Fetched(row, tar, offset, size))
+        else:
+            outcomes.append(Fetched(row, failure=message or str(status)))
+    return outcomes
+
+
+def reason_and_detail(failure: str) -> tuple[str, str]:
+    """Split `reason: detail`."""
+    reason, _, detail = failure.partition(": ")
+    return reason, detail

@@ -1,0 +1,48 @@
+"""Maps over processes for work that is bound by Python or by libraries that hold its lock. Results come in the order of the items."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from schemas.errors import RunFailed
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_processes(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
+    """Yield `function(item)` for every item in order, worked on by up to `processes` spawned processes (one: in this one).
+
+    `function` is a module's function (or a `functools.partial` of one) and everything travels by pickle between our own processes. Raises what it
+    raises, and `RunFailed` when a process was killed, for instance for want of memory.
+    """
+    workers = min(processes, len(items))
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    try:
+        yield from pool.map(function, items)
+    except BrokenProcessPool as error:
+        raise RunFailed(f"a worker process died while running {function}: was it killed for want of memory? Try fewer processes") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _belong_to_parent() -> None:
+    """Die with the parent, however it dies: a worker waiting for work would never notice. Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

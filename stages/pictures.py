@@ -1,0 +1,142 @@
+"""Pictures from the open web: whole, bounded decoding to upright RGB. Whatever is wrong with the bytes becomes one named reason."""
+
+import hashlib
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS: Final = 128_000_000
+"""Larger pictures are refused before a pixel is decoded: a few kilobytes can claim gigabytes."""
+
+_EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_OPENED: Final = ("JPEG", "PNG", "WEBP")
+_ORIENTATION_TAG: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES: Final = frozenset({5, 6, 7, 8})
+_HOSTILE_BYTES: Final = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, BufferError, EOFError,
+    MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's decoders raise on malformed files."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the bound here, and it refuses
+
+
+class BrokenPictureError(Exception):
+    """The bytes are no picture that can be used. `reason` is one of a small fixed set, fit for counting."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What a picture is, told from its bytes alone."""
+
+    extension: str
+    """`jpg`, `png` or `webp`, by content."""
+    width: int
+    """Pixels, upright (the orientation tag applied)."""
+    height: int
+    animated: bool
+    sha256: str
+    """Of the file's bytes."""
+
+
+def inspect_picture(data: bytes) -> PictureFacts:
+    """Decode every pixel and return the facts. Raises `BrokenPictureError`."""
+    with _decoding():
+        image = _open(data)
+        width, height = image.size
+        animated = _is_animated(image)
+        orientation = _orientation(image)
+        image.load()
+    if orientation in _SWAPS_SIDES:
+        width, height = height, width
+    return PictureFacts(_EXTENSIONS[str(image.format)], width, height, animated, hashlib.sha256(data).hexdigest())
+
+
+def decode_rgb(data: bytes) -> tuple[Image.Image, bool]:
+    """Return the upright RGB picture (its first frame; transparency over white; 16 bits brought to 8) and whether it is animated.
+
+    Raises `BrokenPictureError`.
+    """
+    with _decoding():
+        image = _open(data)
+        animated = _is_animated(image)
+        orientation = _orientation(image)
+        image.load()
+        rgb = _to_rgb(image)
+        return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), animated
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise BrokenPictureError("not an image") from error
+    except _HOSTILE_BYTES as error:
+        raise BrokenPictureError("broken image") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=_OPENED)
+    except UnidentifiedImageError:
+        if _is_known_format(data):
+            raise BrokenPictureError("unsupported format") from None
+        raise
+    except Image.DecompressionBombError as error:
+        raise BrokenPictureError("too many pixels") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BrokenPictureError("too many pixels")
+    return image
+
+
+def _is_known_format(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)):
+            return True
+    except _HOSTILE_BYTES:
+        return False
+
+
+def _is_animated(image: Image.Image) -> bool:
+    # An MPO is a photograph with further views or a preview behind it, not a film.
+    return image.format != "MPO" and int(getattr(image, "n_frames", 1)) > 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _HOSTILE_BYTES:  # a broken tag block does not make the picture unusable
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
