@@ -6,11 +6,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from flows.texts import chain_page
 from flows.preparation import Prepared, prepare
 from flows.results import result_storage
 from flows.run_names import recipe_run_name
 from flows.tasks import Json, run_stage, stage_progress
+from flows.texts import chain_page
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 

@@ -85,7 +85,7 @@ def remembered_digest(address: str) -> str:
 
 
 @cache
-def _digest(address: str, stamp: object) -> str:
+def _digest(address: str, stamp: object) -> str:  # noqa: ARG001 - the cache tells by it whether the files are still the same
     return content_digest(address)
 
 

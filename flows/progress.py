@@ -1,18 +1,16 @@
 """A stage's progress as a Prefect artifact, beside the terminal or the log."""
 
 import logging
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import cast
 from uuid import UUID
 
 import httpx
-
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 
-from infra.progress import LogProgress, Progress, RichProgress
+from infra.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +35,10 @@ class PrefectProgress:
         share, description = 100.0 * done / max(total, 1), f"{self.name}: {done}/{total} {unit}{shown}"
         try:
             if self._artifact is None:
-                self._artifact = create_progress_artifact(share, description=description)
+                self._artifact = cast(
+                    UUID, create_progress_artifact(share, description=description)
+                )  # a coroutine only where one is awaited
             else:
                 update_progress_artifact(self._artifact, share, description=description)
         except (httpx.HTTPError, PrefectException) as error:
             logger.warning("%s: progress could not be reported to Prefect: %s", self.name, error)
-
-
-@contextmanager
-def local_progress(name: str) -> Iterator[Progress]:
-    """A bar on a terminal, lines in the log elsewhere."""
-    if sys.stderr.isatty():
-        with RichProgress(name) as bar:
-            yield bar
-    else:
-        yield LogProgress(name)

@@ -22,6 +22,7 @@ from schemas.errors import RunFailed
 
 logger = logging.getLogger(__name__)
 
+_SERVE = ("--factory", "prefect.server.api.server:create_app", "--log-level", "error", "--lifespan", "on")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,13 +44,12 @@ class EmbeddedServer:
             listener.bind(("127.0.0.1", 0))
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-                + ["--fd", str(listener.fileno()), "--log-level", "error", "--lifespan", "on"],
+                [sys.executable, "-m", "uvicorn", *_SERVE, "--fd", str(listener.fileno())],
                 env=os.environ | {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"},
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - the first thing a command starts
             )
         os.environ[environment.API_URL] = self._url
         atexit.register(self.stop)  # before Prefect registers its own: that runs first, and still sends logs

@@ -7,11 +7,11 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
 from flows.chain import DeviceParameter, RecipeParameter, StoreParameter
-from flows.texts import manifest_page
 from flows.preparation import prepare
 from flows.results import result_storage
 from flows.run_names import stage_run_name
 from flows.tasks import Json, run_stage, stage_progress
+from flows.texts import manifest_page
 from schemas.base import Sha256
 from stages.registry import STAGES, Stage
 

@@ -13,9 +13,9 @@ from prefect.context import TaskRunContext
 from prefect.filesystems import WritableFileSystem
 from pydantic import ValidationError
 
+from flows.progress import PrefectProgress
 from flows.texts import manifest_page
-from flows.progress import PrefectProgress, local_progress
-from infra.progress import Progress
+from infra.progress import Progress, local_progress
 from schemas.errors import Transient
 from schemas.manifest import Manifest
 from stages.plan import Node, Plan

@@ -10,7 +10,7 @@ from schemas.manifest import Evaluation, Manifest
 def manifest_rows(manifest: Manifest) -> dict[str, str]:
     """Say what an artifact is, what is in it and what it took, by name."""
     lineage = manifest.lineage
-    rows = {
+    return {
         "artifact": manifest.identity,
         "kind": manifest.kind,
         "stage": f"{lineage.node} (revision {lineage.revision})",
@@ -22,7 +22,6 @@ def manifest_rows(manifest: Manifest) -> dict[str, str]:
         "device": lineage.device,
         "source revision": lineage.source_revision,
     }
-    return rows
 
 
 def manifest_page(manifest: Manifest, store: ArtifactStore) -> str:

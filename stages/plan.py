@@ -115,8 +115,9 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
 def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mapping[str, str] | None = None) -> Plan:
     """Give every stage run its identity.
 
-    `given` names artifacts by identity that take the place of what the named runs would make. `outside_digest` returns the content digest of an outside address (`infra.outside.content_digest`). An identity is the digest of (stage name,
-    stage revision, the configuration's identity fields, seed, digests of the inputs): equal identity, equal artifact.
+    `given` names artifacts by identity that take the place of what the named runs would make. `outside_digest` returns the content digest of an
+    outside address (`infra.outside.content_digest`). An identity is the digest of (stage name, stage revision, the configuration's identity
+    fields, seed, digests of the inputs): equal identity, equal artifact.
     """
     nodes = nodes_of(recipe)
     identities: dict[str, str] = {}

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flows.cli.console import output
 from flows.cli.options import Device, Overrides, RecipeFile, Store
-from infra.progress import Progress
+from infra.progress import Progress, local_progress
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
@@ -44,6 +44,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, de
 def stage(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Stage, or one of its runs such as lightning-8-4.")],
     recipe: RecipeFile,
+    *,
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", metavar="NAME=ARTIFACT", help="Read this artifact instead of the recipe's; may be repeated."),
@@ -72,8 +73,6 @@ def demo() -> None:
 
 @contextmanager
 def _progress(node: Node) -> Iterator[Progress]:
-    from flows.progress import local_progress
-
     with local_progress(node.name) as progress:
         yield progress
 

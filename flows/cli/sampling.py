@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def sample(
     published: Annotated[str, typer.Argument(metavar="PUBLISHED", help="Published model: a folder, or an artifact on the store.")],
+    *,
     prompt: Annotated[str, typer.Option("--prompt")],
     destination: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="PNG to write.")],
     steps: Annotated[int, typer.Option("--steps", min=1)] = 4,
@@ -30,9 +31,10 @@ def sample(
         raise BadInput(f"--output {destination}: expected a file name that ends in .png")
     if not destination.parent.is_dir():
         raise BadInput(f"--output {destination}: the folder {destination.parent} does not exist")
+    from stages.sample import open_published, sample
+
     from flows.preparation import open_store
     from stages.preflight import check_device
-    from stages.sample import open_published, sample
 
     check_device(device)
     folder = open_published(published, None if Path(published).is_dir() else open_store(store))
