@@ -1,31 +1,19 @@
 """Progressive distillation: targets against diffusers' own scheduler and closed forms, the chain on tiny pipelines, exact resume."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from pydantic import ValidationError
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from schemas.errors import BadInput
-from schemas.lightning import LightningConfig, LinkConfig, trailing_timesteps
-from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.lightning import LinkConfig, trailing_timesteps
 from schemas.training import OptimizerConfig
-from stages import lightning
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.exact import GaussianMixtureDenoiser
-from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
 from stages.diffusion.schedule import CLEAN, NoiseSchedule
-from stages.lightning import ProgressiveLink, SampleSwitch, teacher_moves
-from stages.students import load_student
-from stages.training import Draw, train
-from stages.training.latent_batches import LatentBatch, reader
-from tests.training import artifacts
-from tests.training.killing import killed_and_resumed
-from tests.training.toys import make_workspace
+from stages.lightning import ProgressiveLink
+from stages.training import Draw
+from stages.training.latent_batches import LatentBatch
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SCHEDULE = NoiseSchedule.from_scheduler_config(BETAS)
