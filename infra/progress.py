@@ -1,8 +1,10 @@
 """How a stage tells how far it is: to a terminal, a log, or (from `flows`) a Prefect artifact. Stages know only the protocol."""
 
 import logging
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -70,3 +72,13 @@ class RichProgress:
         """Move the bar."""
         shown = " ".join(f"{name} {value:.3g}" for name, value in list((figures or {}).items())[:3])
         self._bar.update(self._task, completed=done, total=total, unit=unit, figures=shown)
+
+
+@contextmanager
+def local_progress(name: str) -> Iterator[Progress]:
+    """A bar on a terminal, lines in the log elsewhere."""
+    if sys.stderr.isatty():
+        with RichProgress(name) as bar:
+            yield bar
+    else:
+        yield LogProgress(name)

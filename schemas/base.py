@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A SHA-256 digest, 64 lower-case hex digits."""
@@ -22,10 +23,33 @@ NotIdentity = _NotIdentity()
 """Use as `field: Annotated[int, NotIdentity] = 4`. Changing such a field recomputes nothing."""
 
 
-class Model(BaseModel):
-    """A frozen pydantic model that refuses unknown fields."""
+Place = tuple[str | int, ...]
+"""Where in a model's data something is: field names, keys, positions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+Mistake = tuple[Place, object, str]
+"""Where, the value found there, and a sentence that says what was expected."""
+
+
+class Model(BaseModel):
+    """A frozen pydantic model that refuses unknown fields, infinities and NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+
+    cross_checks: ClassVar[tuple[Callable[[Any], Iterable[Mistake]], ...]] = ()
+    """What no field can check alone. Every mistake of every check is reported, each at its own place."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        mistakes = [mistake for check in self.cross_checks for mistake in check(self)]
+        if mistakes:
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [
+                    InitErrorDetails(type=PydanticCustomError("cross_check", "{expected}", {"expected": expected}), loc=path, input=value)
+                    for path, value, expected in mistakes
+                ],
+            )
+        return self
 
     def identity_fields(self) -> dict[str, Any]:
         """Return the JSON form of the fields that change the result (those not marked `NotIdentity`), recursively."""
@@ -57,4 +81,4 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-__all__ = ["Field", "Model", "NotIdentity", "Sha256", "canonical_json", "digest"]
+__all__ = ["Field", "Mistake", "Model", "NotIdentity", "Place", "Sha256", "canonical_json", "digest"]

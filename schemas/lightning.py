@@ -1,12 +1,10 @@
 """Recipe section of `lightning`: progressive distillation along a nested chain of step counts (SDXL-Lightning, arXiv 2402.13929)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import model_validator
-
-from schemas.base import Field, Model
+from schemas.base import Field, Mistake, Model
 from schemas.training import OptimizerConfig, PositiveInt, TrainingConfig
 
 TRAIN_TIMESTEPS = 1000
@@ -51,7 +49,7 @@ class LinkOverride(Model):
 class LightningConfig(TrainingConfig):
     """`lightning`: the chain, with settings for all links and overrides by the student's step count."""
 
-    chain: tuple[PositiveInt, ...] = (128, 32, 8, 4, 2, 1)
+    chain: tuple[Annotated[int, Field(ge=1, le=TRAIN_TIMESTEPS)], ...] = (128, 32, 8, 4, 2, 1)
     """Step counts, largest first; each grid must contain the next. SDXL-Lightning 3.6."""
     guidance_scale: Annotated[float, Field(ge=1)] = 6.0
     """Imagen-convention scale of the first link, absorbed by its student. SDXL-Lightning 3.6."""
@@ -67,6 +65,7 @@ class LightningConfig(TrainingConfig):
     links: Mapping[PositiveInt, LinkOverride] = {}
     """Overrides by the step count of the link's student."""
 
+<<<<<<< HEAD
     @model_validator(mode="after")
     def _chain_nests(self) -> "LightningConfig":
         if len(self.chain) < 2:
@@ -84,8 +83,16 @@ class LightningConfig(TrainingConfig):
                     f"links.{steps}: a LoRA cannot carry the switch to x0-prediction (SDXL-Lightning 3.6); "
                     "expected network: unet where prediction is sample"
                 )
+        for many, few in pairwise(self.chain[1:]):
+            if self.link(many).network == "unet" and self.link(few).network == "lora":
+                raise ValueError(
+                    f"links.{few}: a LoRA is published relative to the base teacher and cannot start from the UNet of {many} steps; expected "
+                    f"network: unet for {few} steps, or network: lora for all links before it"
+                )
         return self
 
+=======
+>>>>>>> flows
     def link(self, steps: int) -> LinkConfig:
         """Return the configuration of the link whose student takes `steps` steps."""
         position = self.chain.index(steps)
@@ -105,3 +112,30 @@ class LightningConfig(TrainingConfig):
                 | changed
             )
         )
+
+
+def _chain_nests(config: LightningConfig) -> Iterator[Mistake]:
+    if len(config.chain) < 2:
+        yield ("chain",), list(config.chain), "expected at least two step counts, such as [8, 4]"
+    for position, (many, few) in enumerate(pairwise(config.chain), start=1):
+        if many % few or not set(trailing_timesteps(few)) < set(trailing_timesteps(many)):
+            expected = f"the grid of {few} steps does not nest in that of {many}; expected a divisor of {many} below it"
+            yield ("chain", position), few, expected
+
+
+def _links_are_students(config: LightningConfig) -> Iterator[Mistake]:
+    for steps in config.links:
+        if steps not in config.chain[1:]:
+            yield ("links", steps), steps, f"is no student of the chain; expected a step count among {list(config.chain[1:])}"
+
+
+def _lora_keeps_the_prediction(config: LightningConfig) -> Iterator[Mistake]:
+    for steps, override in config.links.items():
+        if (override.network or config.network) == "lora" and override.prediction == "sample":
+            expected = (
+                "a LoRA cannot carry the switch to x0-prediction (SDXL-Lightning 3.6); expected network: unet where prediction is sample"
+            )
+            yield ("links", steps, "prediction"), override.prediction, expected
+
+
+LightningConfig.cross_checks = (_chain_nests, _links_are_students, _lora_keeps_the_prediction)

@@ -1,20 +1,17 @@
 """The whole plan in one file: one section a stage, and the checks that no section can make alone."""
 
-from collections.abc import Callable
-from typing import Annotated, ClassVar
+from collections.abc import Iterator
+from functools import partial
+from operator import attrgetter
+from typing import Annotated
 
-from pydantic import model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
-
-from schemas.base import Field, Model, NotIdentity
+from schemas.base import Field, Mistake, Model, NotIdentity
 from schemas.data import EncodeConfig, IngestConfig, SelectConfig
 from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
-
-Mistake = tuple[tuple[str, ...], object, str]
-"""YAML path, the value found, and a sentence that says what was expected."""
+from schemas.training import TrainingConfig
 
 
 class Recipe(Model):
@@ -36,76 +33,86 @@ class Recipe(Model):
     evaluate: EvaluateConfig | None = None
     publish: PublishConfig | None = None
 
-    cross_checks: ClassVar[list[Callable[["Recipe"], list[Mistake]]]] = []
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "Recipe":
-        mistakes = [mistake for check in self.cross_checks for mistake in check(self)]
-        if mistakes:
-            raise ValidationError.from_exception_data(
-                "Recipe",
-                [
-                    InitErrorDetails(type=PydanticCustomError("cross_section", "{expected}", {"expected": expected}), loc=path, input=value)
-                    for path, value, expected in mistakes
-                ],
-            )
-        return self
-
-
-def _one_teacher(recipe: Recipe) -> list[Mistake]:
+def _one_teacher(recipe: Recipe) -> Iterator[Mistake]:
     if (recipe.teacher is None) == (recipe.train_teacher is None):
         found = "both" if recipe.teacher else "neither"
-        return [(("teacher",), found, "expected exactly one of the sections teacher and train_teacher")]
-    return []
+        yield ("teacher",), found, "expected exactly one of the sections teacher and train_teacher"
 
 
-def _aesthetic_has_a_source(recipe: Recipe) -> list[Mistake]:
-    if recipe.select.min_aesthetic is not None and not recipe.ingest.columns.aesthetic and recipe.select.aesthetic_predictor is None:
-        return [
-            (
-                ("select", "min_aesthetic"),
-                recipe.select.min_aesthetic,
-                "a threshold needs a score: expected names in ingest.columns.aesthetic, or select.aesthetic_predictor, or null here",
-            )
-        ]
-    return []
+def _aesthetic_has_a_source(recipe: Recipe) -> Iterator[Mistake]:
+    threshold = recipe.select.min_aesthetic
+    if threshold is not None and not recipe.ingest.columns.aesthetic and recipe.select.aesthetic_predictor is None:
+        expected = "a threshold needs a score: expected names in ingest.columns.aesthetic, or select.aesthetic_predictor, or null here"
+        yield ("select", "min_aesthetic"), threshold, expected
 
 
-def _ingest_drops_only_what_select_would(recipe: Recipe) -> list[Mistake]:
-    mistakes: list[Mistake] = []
+def _ingest_drops_no_more_by_size(recipe: Recipe) -> Iterator[Mistake]:
     if recipe.ingest.min_side_px > recipe.select.min_side_px:
         expected = f"would drop rows that select keeps: expected at most select.min_side_px = {recipe.select.min_side_px}"
-        mistakes.append((("ingest", "min_side_px"), recipe.ingest.min_side_px, expected))
+        yield ("ingest", "min_side_px"), recipe.ingest.min_side_px, expected
+
+
+def _ingest_drops_no_more_by_score(recipe: Recipe) -> Iterator[Mistake]:
     early, late = recipe.ingest.min_aesthetic, recipe.select.min_aesthetic
     if early is not None and (late is None or early > late):
         expected = f"would drop rows that select keeps: expected at most select.min_aesthetic = {late}, or null"
-        mistakes.append((("ingest", "min_aesthetic"), early, expected))
-    return mistakes
+        yield ("ingest", "min_aesthetic"), early, expected
 
 
-def _batches_divide(recipe: Recipe) -> list[Mistake]:
-    mistakes: list[Mistake] = []
-    for section in ("lightning", "lcm"):
-        config = getattr(recipe, section)
-        if config is not None and config.batch_size % config.accumulation_steps:
-            expected = f"expected a divisor of {section}.batch_size = {config.batch_size}"
-            mistakes.append(((section, "accumulation_steps"), config.accumulation_steps, expected))
-        if config is not None and config.warmup_steps >= config.training_steps:
-            expected = f"the run would end inside its warm-up: expected fewer than {section}.training_steps = {config.training_steps}"
-            mistakes.append(((section, "warmup_steps"), config.warmup_steps, expected))
-    return mistakes
+def _batch_divides(path: str, recipe: Recipe) -> Iterator[Mistake]:
+    config = _training(path, recipe)
+    if config is not None and config.batch_size % config.accumulation_steps:
+        expected = f"expected a divisor of {path}.batch_size = {config.batch_size}"
+        yield (*path.split("."), "accumulation_steps"), config.accumulation_steps, expected
 
 
-def _students_exist_where_needed(recipe: Recipe) -> list[Mistake]:
-    if recipe.publish is None:
-        return []
-    if recipe.evaluate is None:
-        return [(("publish",), recipe.publish.name, "the model card needs figures: expected a section evaluate")]
-    if recipe.lightning is None and recipe.lcm is None and recipe.train_teacher is None:
-        return [(("publish",), recipe.publish.name, "no stage makes a student: expected a section lightning or lcm")]
-    return []
+def _warmup_ends(path: str, recipe: Recipe) -> Iterator[Mistake]:
+    config = _training(path, recipe)
+    if config is not None and config.warmup_steps >= config.training_steps:
+        expected = f"the run would end inside its warm-up: expected fewer than {path}.training_steps = {config.training_steps}"
+        yield (*path.split("."), "warmup_steps"), config.warmup_steps, expected
 
 
-Recipe.cross_checks.extend(
-    [_one_teacher, _aesthetic_has_a_source, _ingest_drops_only_what_select_would, _batches_divide, _students_exist_where_needed]
+def _training(path: str, recipe: Recipe) -> TrainingConfig | None:
+    section: TrainingConfig | None = None
+    if getattr(recipe, path.partition(".")[0]) is not None:
+        section = attrgetter(path)(recipe)
+    return section
+
+
+def _links_add_up(recipe: Recipe) -> Iterator[Mistake]:
+    config = recipe.lightning
+    for steps, override in (config.links if config else {}).items():
+        assert config is not None
+        if override.batch_size is not None and override.batch_size % config.accumulation_steps:
+            expected = f"expected a multiple of lightning.accumulation_steps = {config.accumulation_steps}"
+            yield ("lightning", "links", steps, "batch_size"), override.batch_size, expected
+        if override.training_steps is not None and override.training_steps <= config.warmup_steps:
+            expected = f"the link would end inside its warm-up: expected more than lightning.warmup_steps = {config.warmup_steps}"
+            yield ("lightning", "links", steps, "training_steps"), override.training_steps, expected
+
+
+def _published_is_measured(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.publish is not None and recipe.evaluate is None:
+        yield ("publish",), recipe.publish.name, "the model card needs figures: expected a section evaluate"
+
+
+def _published_is_made(recipe: Recipe) -> Iterator[Mistake]:
+    if recipe.publish is not None and recipe.lightning is None and recipe.lcm is None and recipe.train_teacher is None:
+        yield ("publish",), recipe.publish.name, "no stage makes a student: expected a section lightning or lcm"
+
+
+_TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "lightning", "lcm")
+
+Recipe.cross_checks = (
+    _one_teacher,
+    _aesthetic_has_a_source,
+    _ingest_drops_no_more_by_size,
+    _ingest_drops_no_more_by_score,
+    *(partial(_batch_divides, path) for path in _TRAINING),
+    *(partial(_warmup_ends, path) for path in _TRAINING),
+    _links_add_up,
+    _published_is_measured,
+    _published_is_made,
 )

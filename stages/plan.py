@@ -1,6 +1,6 @@
 """From a recipe to the list of stage runs, each with its identity, before anything runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from schemas.base import Model, digest
@@ -43,11 +43,16 @@ class Plan:
 
     def node(self, name: str) -> Node:
         """Return a node by its name, or by its stage's where that is unique. Raises `BadInput` with the names there are."""
-        matches = [node for node in self.nodes if node.name == name] or [node for node in self.nodes if node.stage == name]
-        if len(matches) != 1:
-            expected = ", ".join(node.name for node in matches or self.nodes)
-            raise BadInput(f"stage {name!r}: {'names several runs' if matches else 'is not in this recipe'}; expected one of {expected}")
-        return matches[0]
+        return find_node(self.nodes, name)
+
+
+def find_node(nodes: Sequence[Node], name: str) -> Node:
+    """Return a node by its name, or by its stage's where that is unique. Raises `BadInput` with the names there are."""
+    matches = [node for node in nodes if node.name == name] or [node for node in nodes if node.stage == name]
+    if len(matches) != 1:
+        expected = ", ".join(node.name for node in matches or nodes)
+        raise BadInput(f"stage {name!r}: {'names several runs' if matches else 'is not in this recipe'}; expected one of {expected}")
+    return matches[0]
 
 
 def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
@@ -107,16 +112,20 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def make_plan(recipe: Recipe, outside_digest: Callable[[str], str]) -> Plan:
+def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mapping[str, str] | None = None) -> Plan:
     """Give every stage run its identity.
 
-    `outside_digest` returns the content digest of an outside address (`infra.outside.content_digest`). An identity is the digest of (stage name,
-    stage revision, the configuration's identity fields, seed, digests of the inputs): equal identity, equal artifact.
+    `given` names artifacts by identity that take the place of what the named runs would make. `outside_digest` returns the content digest of an
+    outside address (`infra.outside.content_digest`). An identity is the digest of (stage name, stage revision, the configuration's identity
+    fields, seed, digests of the inputs): equal identity, equal artifact.
     """
     nodes = nodes_of(recipe)
     identities: dict[str, str] = {}
     inputs: dict[str, dict[str, str]] = {}
     for node in nodes:
+        if node.name in (given or {}):
+            identities[node.name], inputs[node.name] = (given or {})[node.name], {}
+            continue
         digests = {name: outside_digest(address) for name, address in node.outside.items()}
         for name, source in node.inputs.items():
             if isinstance(source, str):

@@ -1,6 +1,6 @@
 """Every stage by name: its configuration, its revision, the kind it makes and where its function is. Adding a method is one line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -30,8 +30,28 @@ class Stage:
 
     def load(self) -> tuple[Callable[..., Manifest], type[Model]]:
         """Import the stage: its run function and its Inputs class."""
-        module: Any = import_module(self.module)
+        module = self._module()
         return module.run, module.Inputs
+
+    def load_preflight(self) -> Callable[[Any, Mapping[str, str]], None] | None:
+        """Import the stage and return its check of what must hold before anything runs, None where it has none.
+
+        That is an optional function of the module, `preflight(config, outside)`: it looks at what lies outside the store (`outside`: addresses by
+        name, as in the plan) and at what is installed, in seconds, and raises `BadInput`.
+        """
+        check: Callable[[Any, Mapping[str, str]], None] | None = getattr(self._module(), "preflight", None)
+        return check
+
+    def _module(self) -> Any:
+        try:
+            return import_module(self.module)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("stages", "infra", "schemas"):
+                raise
+            raise BadInput(
+                f"stage {self.name}: the package {error.name} is not installed here; expected the extras of this stage, such as "
+                "pip install 'diffusion-distillery[data,evaluate]'"
+            ) from error
 
 
 STAGES: dict[str, Stage] = {

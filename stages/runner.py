@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.store import ArtifactStore
+from pydantic import ValidationError
 
 from infra.progress import NullProgress, Progress
 from infra.provenance import describe_host, library_versions, source_revision
+from infra.store import ArtifactStore
 from schemas.base import Model
-from schemas.errors import RunFailed
+from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Lineage, Manifest, Teacher
 from stages.plan import Node, Plan
 from stages.registry import stage
@@ -112,7 +113,12 @@ def _inputs(inputs_class: type[Model], node: Node, known: Mapping[str, Manifest]
     fields: dict[str, object] = {}
     for name, source in node.inputs.items():
         fields[name] = known[source] if isinstance(source, str) else {upstream: known[upstream] for upstream in source}
-    return inputs_class.model_validate(fields)
+    try:
+        return inputs_class.model_validate(fields)
+    except ValidationError as error:
+        wrong = {".".join(str(part) for part in item["loc"] if part in fields or part in known) for item in error.errors()}
+        kinds = ", ".join(f"{name} is {manifest.kind} {manifest.identity[:12]}" for name, manifest in known.items())
+        raise BadInput(f"{node.name}: input {', '.join(sorted(wrong))} is of another kind than the stage reads ({kinds})") from error
 
 
 def _lineage(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str, Manifest]) -> Lineage:

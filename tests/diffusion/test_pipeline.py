@@ -206,6 +206,25 @@ def test_weights_that_do_not_fill_the_network_are_refused(folders: dict[str, Pat
         TeacherPipeline.load(folder)
 
 
+def test_files_with_the_names_of_older_releases_load(folders: dict[str, Path], tmp_path: Path) -> None:
+    """SD1.5 and SDXL as they lie on the hub: `text_model.` prefixes, stored position ids, the VAE's attention by its first names."""
+    folder = shutil.copytree(folders["sd15"], tmp_path / "sd15")
+    text = load_file(folder / "text_encoder/model.safetensors")
+    old = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.items()}
+    save_file(
+        old | {"text_model.embeddings.position_ids": torch.arange(12)[None]}, folder / "text_encoder/model.safetensors", {"format": "pt"}
+    )
+    vae = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    first_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, name in first_names.items():
+        vae = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in vae.items()}
+    save_file(vae, folder / "vae/diffusion_pytorch_model.safetensors", {"format": "pt"})
+    found, expected = TeacherPipeline.load(folder), TeacherPipeline.load(folders["sd15"])
+    assert found.facts.parameters == expected.facts.parameters
+    assert torch.equal(found.encode_prompts(PROMPTS).prompt_embeds, expected.encode_prompts(PROMPTS).prompt_embeds)
+    assert torch.equal(found.decode(torch.ones(1, 4, 8, 8)), expected.decode(torch.ones(1, 4, 8, 8)))
+
+
 def test_conditionings_are_cut_joined_and_moved() -> None:
     whole = Conditioning(torch.randn(3, 2, 4), torch.randn(3, 5), torch.arange(18.0).reshape(3, 6))
     again = Conditioning.cat([whole[0], whole[1:]])

@@ -161,6 +161,7 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert HubModel.parse("stabilityai/stable-diffusion-xl-base-1.0") == HubModel("stabilityai/stable-diffusion-xl-base-1.0")
     assert HubModel.parse("a/b@refs/pr/3") == HubModel("a/b", "refs/pr/3")
+    assert TeacherConfig(source="a/b", revision="v1").address == "a/b@v1"
     (tmp_path / "data").mkdir()
     for path in ("data/anything", "tables/urls.parquet", "/a/b", "./a/b", "s3://a/b", "file:///a/b", "a", "a/b/c"):
         assert HubModel.parse(path) is None, path

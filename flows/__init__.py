@@ -1,0 +1,5 @@
+"""Prefect, and the command line: which task follows which, retries, cache keys, what people see. No mathematics."""
+
+from flows.environment import prepare
+
+prepare()  # Prefect reads its settings when it is first imported, which is always after this

@@ -1,0 +1,43 @@
+"""The whole chain as one flow."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
+
+from flows.preparation import Prepared, prepare
+from flows.results import result_storage
+from flows.run_names import recipe_run_name
+from flows.tasks import Json, run_stage, stage_progress
+from flows.texts import chain_page
+from schemas.manifest import Manifest
+from schemas.recipe import Recipe
+
+RecipeParameter = Annotated[Recipe | str, Field(description="A recipe, or the path of a recipe file on the machine that runs the flow.")]
+StoreParameter = Annotated[
+    str | None, Field(description="Address of the artifact store: file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS.")
+]
+DeviceParameter = Annotated[str, Field(description="Where networks run: cpu, cuda, cuda:0 or mps.")]
+
+
+@flow(name="distill-chain", flow_run_name=recipe_run_name, result_serializer="json")
+def distill_chain(recipe: RecipeParameter, store: StoreParameter = None, device: DeviceParameter = "cpu") -> dict[str, str]:
+    """Run a recipe from its table of URLs to the published student. Finished stages are found, an interrupted one goes on where it was.
+
+    Returns the identity of every stage run's artifact by the run's name.
+    """
+    return {name: manifest.identity for name, manifest in run_chain(prepare(recipe, store, device, progress=stage_progress)).items()}
+
+
+def run_chain(prepared: Prepared) -> dict[str, Manifest]:
+    """Run every stage of the plan as a task of the current flow run, in order; return the manifests by name."""
+    plan, surroundings = prepared.plan, prepared.surroundings
+    storage = result_storage(surroundings.store)
+    manifests: dict[str, Manifest] = {}
+    results: dict[str, Json] = {}
+    for node in plan.nodes:
+        manifests[node.name], results[node.name] = run_stage(plan, node, surroundings, results, storage)
+    made = [node.name for node in prepared.unfinished]
+    create_markdown_artifact(chain_page(plan.recipe.name, manifests, made, surroundings.store), key="chain", description=plan.recipe.name)
+    return manifests

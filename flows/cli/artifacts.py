@@ -1,0 +1,84 @@
+"""Commands that look after artifacts: `show`, `verify`, `gc`."""
+
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flows.cli.console import output
+from flows.cli.options import ArtifactReference, Store
+from schemas.errors import CorruptArtifact
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(show)
+    app.command()(verify)
+    app.command()(gc)
+
+
+def show(
+    artifact: ArtifactReference,
+    store: Store = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="PATH", help="Bring this file here, verified, and write where it lies.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the manifest as it is.")] = False,
+) -> None:
+    """Show an artifact: what it is, where it comes from, which files it has."""
+    from flows.preparation import open_store
+
+    opened = open_store(store)
+    manifest = opened.resolve(artifact)
+    if file is not None:
+        output.out(str(opened.fetch(manifest, [file]) / file))
+        return
+    if as_json:
+        output.out(manifest.model_dump_json(indent=2))
+        return
+    from flows.texts import manifest_rows, size
+
+    table = Table(show_header=False)
+    for name, value in manifest_rows(manifest).items():
+        table.add_row(name, value)
+    output.print(table)
+    files = Table("file", "bytes", "sha256")
+    for entry in manifest.files:
+        files.add_row(entry.path, f"{entry.size:,}", entry.sha256[:16])
+    output.print(files)
+    output.print(f"{len(manifest.files)} files, {size(manifest.bytes)}, on {opened.address}")
+
+
+def verify(artifact: ArtifactReference, store: Store = None) -> None:
+    """Read and hash every file of an artifact again. Exit code 1 when one is damaged or missing."""
+    from flows.preparation import open_store
+
+    opened = open_store(store)
+    manifest = opened.resolve(artifact)
+    problems = opened.verify(manifest)
+    if problems:
+        raise CorruptArtifact(
+            f"artifact {manifest.identity[:12]} ({manifest.kind}) on {opened.address} is damaged:\n  " + "\n  ".join(problems)
+        )
+    output.print(f"{manifest.identity}: {len(manifest.files)} files are as the manifest says")
+
+
+def gc(
+    store: Store = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete. Without it, only say what would go.")] = False,
+    older_than_hours: Annotated[float, typer.Option("--older-than-hours", min=0, help="Leave alone what is younger.")] = 24.0,
+    keep_checkpoints: Annotated[int, typer.Option("--keep-checkpoints", min=1, help="Checkpoints to keep of each unfinished stage.")] = 2,
+) -> None:
+    """Find what killed runs left behind and old checkpoints; delete them with --delete. Never touches a finished artifact."""
+    from flows.preparation import open_store
+    from flows.texts import size
+
+    report = open_store(store).gc(dry_run=not delete, older_than=timedelta(hours=older_than_hours), keep_checkpoints=keep_checkpoints)
+    if report.items:
+        table = Table("object", "bytes", "why")
+        for item in report.items:
+            table.add_row(item.key, f"{item.bytes:,}", item.reason)
+        output.print(table)
+    verb = "deleted" if delete else "would be deleted (nothing was: add --delete)"
+    output.print(f"{len(report.items)} objects, {size(report.bytes)} {verb}")

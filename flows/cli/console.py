@@ -1,0 +1,34 @@
+"""What the command line writes: results to stdout, everything else to stderr."""
+
+import logging
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from schemas.errors import DistillError
+
+output = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived. Raised in the main thread, so that a training loop saves its checkpoint on the way out."""
+
+
+class _Quiet(logging.Formatter):
+    """Leaves out tracebacks of errors that say all in their one sentence. The run's page in Prefect keeps them."""
+
+    def formatException(self, ei: ExcInfo) -> str:  # noqa: N802 - the standard library's name
+        return "" if isinstance(ei[1], DistillError | KeyboardInterrupt | Stopped) else super().formatException(ei)
+
+
+def set_up_logging(verbose: int, *, debug: bool) -> None:
+    """Send all logging to stderr, our own from INFO, with `verbose` 1 from DEBUG, with 2 also that of libraries."""
+    handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
+    handler.setFormatter(logging.Formatter("%(message)s") if debug else _Quiet("%(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.WARNING, handlers=[handler], force=True)
+    for room in ("flows", "stages", "infra"):
+        logging.getLogger(room).setLevel(logging.DEBUG if verbose else logging.INFO)

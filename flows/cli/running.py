@@ -1,0 +1,100 @@
+"""Commands that make artifacts: `run`, `stage`, `demo`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flows.cli.console import output
+from flows.cli.options import Device, Overrides, RecipeFile, Store
+from infra.progress import Progress, local_progress
+from infra.store import ArtifactStore
+from schemas.errors import BadInput
+from schemas.loading import load_recipe
+from schemas.manifest import Evaluation, Manifest, PublishedModel
+from stages.plan import Node
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(run)
+    app.command()(stage)
+    app.command()(demo)
+
+
+def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = "cpu") -> None:
+    """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
+    from flows.preparation import prepare
+    from flows.server import EmbeddedServer
+
+    parsed = load_recipe(recipe, overrides or ())
+    prepared = prepare(parsed, store, device)  # before Prefect: a mistake is told within seconds, without a failed run to look at
+    server = EmbeddedServer().start()
+    from flows.chain import distill_chain
+
+    server.wait()
+    opened = prepared.surroundings.store
+    identities = distill_chain(parsed, opened.address, device)
+    manifests = {name: manifest for name, identity in identities.items() if (manifest := opened.find(identity)) is not None}
+    print_chain(manifests, {node.name for node in prepared.unfinished}, opened)
+
+
+def stage(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Stage, or one of its runs such as lightning-8-4.")],
+    recipe: RecipeFile,
+    *,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=ARTIFACT", help="Read this artifact instead of the recipe's; may be repeated."),
+    ] = None,
+    overrides: Overrides = None,
+    store: Store = None,
+    device: Device = "cpu",
+) -> None:
+    """Run one stage of a recipe alone, without Prefect. Its inputs are found on the store by identity, or given."""
+    from flows.preparation import prepare
+    from stages.runner import execute
+
+    parsed = load_recipe(recipe, overrides or ())
+    prepared = prepare(parsed, store, device, progress=_progress, only=name, inputs=_given(inputs or ()))
+    node = prepared.plan.node(name)
+    manifest = execute(prepared.plan, node, prepared.surroundings)
+    print_chain({node.name: manifest}, {left.name for left in prepared.unfinished}, prepared.surroundings.store)
+
+
+def demo() -> None:
+    """Run the tiny recipe on real captioned pictures, served and fetched on this machine, to a student and its report."""
+    from flows.demo import run_demo
+
+    run_demo()
+
+
+@contextmanager
+def _progress(node: Node) -> Iterator[Progress]:
+    with local_progress(node.name) as progress:
+        yield progress
+
+
+def _given(inputs: Sequence[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for item in inputs:
+        name, separator, reference = item.partition("=")
+        if not (separator and name and reference):
+            raise BadInput(f"--input {item}: expected NAME=ARTIFACT, such as teacher=3f9ac2")
+        given[name] = reference
+    return given
+
+
+def print_chain(manifests: Mapping[str, Manifest], made: set[str], store: ArtifactStore) -> None:
+    """Write a line a stage run, then where the report and the published model lie on this machine."""
+    table = Table("stage", "", "artifact", "kind")
+    for name, manifest in manifests.items():
+        table.add_row(name, "made" if name in made else "found", manifest.identity[:12], manifest.kind)
+    output.print(table)
+    for manifest in manifests.values():
+        if isinstance(manifest.content, Evaluation) and any(entry.path == "report.html" for entry in manifest.files):
+            output.print(f"report: {store.fetch(manifest) / 'report.html'}")
+        if isinstance(manifest.content, PublishedModel):
+            output.print(f"published: {manifest.identity}")

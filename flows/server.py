@@ -1,0 +1,95 @@
+"""Prefect's embedded server for one command, in a session of its own.
+
+Prefect starts one by itself too, but as a child in the terminal's process group: Ctrl-C then kills it before the run's state is reported, and
+kill -9 of the run leaves it behind. Here it outlives Ctrl-C by the few seconds it is needed, and on Linux it dies with us.
+"""
+
+import atexit
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Self
+
+from flows import environment
+from schemas.errors import RunFailed
+
+logger = logging.getLogger(__name__)
+
+_SERVE = ("--factory", "prefect.server.api.server:create_app", "--log-level", "error", "--lifespan", "on")
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedServer:
+    """A Prefect server on a free port of the loopback interface, with the user's own database. Nothing when a server is configured."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._url = ""
+
+    def start(self) -> Self:
+        """Start it, make it the server of this process, and return at once: it needs some seconds, as long as importing Prefect takes.
+
+        Call before Prefect is imported, and `wait` before the first flow.
+        """
+        if environment.server_is_configured():
+            return self
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "uvicorn", *_SERVE, "--fd", str(listener.fileno())],
+                env=os.environ | {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"},
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - the first thing a command starts
+            )
+        os.environ[environment.API_URL] = self._url
+        atexit.register(self.stop)  # before Prefect registers its own: that runs first, and still sends logs
+        return self
+
+    def wait(self) -> None:
+        """Wait until it answers. Raises `RunFailed` when it does not."""
+        if self._process is None:
+            return
+        limit = float(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"])
+        end = time.monotonic() + limit
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise RunFailed(f"Prefect's embedded server ended with exit code {self._process.returncode}; try: prefect server start")
+            if time.monotonic() > end:
+                self.stop()
+                raise RunFailed(f"Prefect's embedded server did not answer within {limit:.0f} s; try: prefect server start")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Stop it, if this object started one."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        if os.environ.get(environment.API_URL) == self._url:
+            del os.environ[environment.API_URL]
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

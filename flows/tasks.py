@@ -1,0 +1,101 @@
+"""One stage run as one Prefect task: named after it, cached under its artifact's identity, a hit verified against the store."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import Task
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.filesystems import WritableFileSystem
+from pydantic import ValidationError
+
+from flows.progress import PrefectProgress
+from flows.texts import manifest_page
+from infra.progress import Progress, local_progress
+from schemas.errors import Transient
+from schemas.manifest import Manifest
+from stages.plan import Node, Plan
+from stages.runner import Surroundings, execute, find_complete
+
+logger = logging.getLogger(__name__)
+
+RETRY_DELAYS_SECONDS = (10.0, 60.0, 300.0)
+"""Waits before the further tries of a stage that met a failure which may pass. The store has retried by itself before."""
+
+Json = dict[str, Any]
+
+
+def title(node: Node) -> str:
+    """Return a node's name for people: `lightning-8-4` is `lightning 8→4`."""
+    rest = node.name.removeprefix(node.stage).strip("-")
+    return f"{node.stage} {rest.replace('-', '→')}".strip()
+
+
+@contextmanager
+def stage_progress(node: Node) -> Iterator[Progress]:
+    """Progress on the terminal and on the task run's page."""
+    with local_progress(title(node)) as local:
+        yield PrefectProgress(title(node), local)
+
+
+def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retry only what may pass by itself: never a bad recipe, a NaN or a bug."""
+    return isinstance(state.result(raise_on_failure=False), Transient)
+
+
+def identity_key(_context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
+    """Cache key and storage key of the result. Stage, revision, configuration, seed and inputs are in the identity; the run is not."""
+    return str(parameters["identity"])
+
+
+def run_stage(
+    plan: Plan, node: Node, surroundings: Surroundings, upstream: Mapping[str, Json], storage: Path | WritableFileSystem
+) -> tuple[Manifest, Json]:
+    """Run or find one stage as a task. Returns its manifest, and the task's own result, which links later tasks to it on the run's page.
+
+    Called directly and never submitted: the body runs in the main thread, where SIGTERM reaches it and a checkpoint is saved in the grace period.
+    """
+    identity = plan.identities[node.name]
+
+    def make(identity: str, inputs: dict[str, Json]) -> Json:
+        manifest = execute(plan, node, surroundings, {name: Manifest.model_validate(value) for name, value in inputs.items()})
+        create_markdown_artifact(manifest_page(manifest, surroundings.store), key=node.name, description=f"{node.stage} {identity[:12]}")
+        return manifest.model_dump(mode="json")
+
+    task = Task(
+        make,
+        name=node.stage,
+        description=f"The stage {node.stage} of the recipe {plan.recipe.name}.",
+        task_run_name=title(node),
+        persist_result=True,
+        result_storage=storage,
+        result_serializer="json",
+        cache_result_in_memory=False,
+        cache_key_fn=identity_key,
+        retries=len(RETRY_DELAYS_SECONDS),
+        retry_delay_seconds=list(RETRY_DELAYS_SECONDS),
+        retry_jitter_factor=0.2,
+        retry_condition_fn=may_pass,
+    )
+    inputs = {name: upstream[name] for name in node.upstream() if name in upstream}  # others are found on the store
+    found = find_complete(surroundings.store, identity)
+    result = task.with_options(refresh_cache=found is None)(identity, inputs)
+    manifest = _manifest(result, found)
+    if manifest is None:
+        logger.warning("%s: the result Prefect kept is not the artifact on the store; it is read anew", node.name)
+        result = task.with_options(refresh_cache=True)(identity, inputs)
+        manifest = Manifest.model_validate(result)
+    return manifest, result
+
+
+def _manifest(result: Any, found: Manifest | None) -> Manifest | None:
+    """Return the manifest a task gave, None where it is none or another than the store has."""
+    try:
+        manifest = Manifest.model_validate(result)
+    except ValidationError:
+        return None
+    return manifest if found is None or (manifest.identity, manifest.files_digest) == (found.identity, found.files_digest) else None

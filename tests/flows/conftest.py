@@ -1,0 +1,110 @@
+"""A real Prefect server for the session, and a toy chain on a store of its own for every test."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.store import ArtifactStore
+from schemas.loading import parse_recipe
+from schemas.recipe import Recipe
+from stages.registry import STAGES
+from tests.flows import toy
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = "from tests.flows import toy; toy.install(); from flows.cli import main; main()"
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real server with an empty database. Results and heartbeats would otherwise leak between runs and cost a second each."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    import flows  # noqa: F401 - its settings, before Prefect's
+
+    results = tmp_path_factory.mktemp("prefect-results")
+    updates: dict[Any, Any] = {PREFECT_RESULTS_LOCAL_STORAGE_PATH: results, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with prefect_test_harness(server_startup_timeout=180), temporary_settings(updates):
+        yield str(PREFECT_API_URL.value())
+
+
+@dataclass
+class ToyChain:
+    """A recipe, its inputs and its store in one folder."""
+
+    folder: Path
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def store(self) -> ArtifactStore:
+        return ArtifactStore.open(self.address)
+
+    @property
+    def address(self) -> str:
+        return f"file://{self.folder / 'store'}"
+
+    def data(self, **changes: dict[str, Any]) -> dict[str, Any]:
+        sections: dict[str, dict[str, Any]] = {
+            "ingest": {"table": str(self.folder / "table.csv")},
+            "select": {},
+            "encode": {},
+            "teacher": {"source": str(self.folder / "teacher")},
+        }
+        return {"name": "toy", **{name: value | changes.get(name, {}) for name, value in sections.items()}}
+
+    def recipe(self, **changes: dict[str, Any]) -> Recipe:
+        return parse_recipe(self.data(**changes))
+
+    def runs(self) -> list[str]:
+        """Stages whose bodies ran since the last call, in order."""
+        log = self.folder / "runs.log"
+        lines = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+    def fail(self, stage: str, error: str, times: int = 1) -> None:
+        (self.folder / f"{stage}.fail").write_text(f"{error} {times}")
+
+    def command(self, *arguments: str, server: str | None = None, **environment: str) -> "subprocess.Popen[str]":
+        """Start the command line with the toys registered."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DISTILL"))}
+        clean |= {"PYTHONPATH": str(ROOT), "TOY_FOLDER": str(self.folder), "DISTILL_STORE_ADDRESS": self.address, "OMP_NUM_THREADS": "1"}
+        clean |= {"PREFECT_HOME": str(self.folder / "prefect"), "XDG_CACHE_HOME": str(self.folder / "cache"), "COLUMNS": "200"}
+        if server is not None:
+            clean["PREFECT_API_URL"] = server
+        return subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *arguments],
+            cwd=self.folder, env=clean | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, server: str | None = None, **environment: str) -> tuple[int, str, str]:
+        """Run the command line to its end: exit code, stdout, stderr."""
+        process = self.command(*arguments, server=server, **environment)
+        output, errors = process.communicate(timeout=300)
+        return process.returncode, output, errors
+
+    def recipe_file(self, **changes: dict[str, Any]) -> str:
+        import yaml
+
+        path = self.folder / "toy.yaml"
+        path.write_text(yaml.safe_dump(self.data(**changes)))
+        return str(path)
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyChain:
+    for name in toy.NAMES:
+        monkeypatch.setitem(STAGES, name, STAGES[name])
+    toy.install()
+    monkeypatch.setenv("TOY_FOLDER", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "table.csv").write_text("url,caption\nhttp://a/1.png,one\nhttp://a/2.png,two\nhttp://a/3.png,three")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "weights.bin").write_bytes(bytes(range(32)))
+    return ToyChain(tmp_path)

@@ -1,0 +1,209 @@
+"""A recipe file: what is read, and how every mistake is named."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.errors import BadInput
+from schemas.loading import load_recipe, parse_recipe, read_recipe
+from schemas.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """\
+name: small
+ingest:
+  table: images.parquet
+teacher:
+  source: teachers/tiny
+lightning:
+  chain: [8, 4]
+  links:
+    4: {training_steps: 5}
+evaluate: {}
+publish:
+  name: small
+"""
+SHIPPED = sorted((ROOT / "recipes").glob("*.y*ml"))
+
+
+def mistakes_of(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        read_recipe(text, overrides)
+    first, *rest = str(caught.value).splitlines()
+    if "mistake" not in first:
+        return [str(caught.value)]
+    assert first.startswith(f"recipe: {len(rest)} mistake")
+    return [line.strip() for line in rest]
+
+
+def test_overrides_are_applied_and_typed() -> None:
+    recipe = read_recipe(GOOD, ["lightning.links.4.training_steps=9", "lightning.chain=[16, 4]", "lcm.warmup_steps=0", "seed=7"])
+    assert recipe.lightning is not None and recipe.lcm is not None
+    assert recipe.lightning.link(4).training_steps == 9
+    assert (recipe.lightning.chain, recipe.lcm.warmup_steps, recipe.seed) == ((16, 4), 0, 7)
+
+
+def test_an_override_changes_one_of_two_aliased_places() -> None:
+    text = GOOD.replace("lightning:", "lcm:\n  optimizer: &shared {learning_rate: 1e-4}\nlightning:\n  optimizer: *shared")
+    recipe = read_recipe(text, ["lcm.optimizer.learning_rate=2e-4"])
+    assert recipe.lcm is not None and recipe.lightning is not None
+    assert (recipe.lcm.optimizer.learning_rate, recipe.lightning.optimizer.learning_rate) == (2e-4, 1e-4)
+
+
+def test_all_mistakes_at_once_with_path_line_value_and_expectation() -> None:
+    text = GOOD.replace("chain: [8, 4]", "chain: [8, 3]\n  warmup_steps: 20000\n  colour: red") + "seed: -1\nselect: {min_side_px: 512}\n"
+    text = text.replace("teacher:\n  source: teachers/tiny\n", "")
+    found = mistakes_of(text)
+    assert any(line.startswith("seed (line 13): found -1; expected: input should be greater") for line in found)
+    assert "lightning.colour (line 7): found 'red'; expected no such field here" in found
+    assert any(line.startswith("lightning.chain.1 (line 5): found 3; the grid of 3 steps does not nest in that of 8") for line in found)
+    assert any(line.startswith("lightning.links.4 (line 9): found 4; is no student of the chain") for line in found)
+    assert any(line.startswith("lightning.warmup_steps (line 6): found 20000; the run would end inside its warm-up") for line in found)
+    assert any(line.startswith("teacher: found 'neither'; expected exactly one of") for line in found)
+    assert any(line.startswith("ingest.min_side_px") and "at most select.min_side_px = 512" in line for line in found)
+    assert len(found) == 8, found  # the eighth: the link's five steps end inside the warm-up
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (("chain: [8, 4]", "chain: [8]"), "lightning.chain (line 7): found [8]; expected at least two step counts"),
+        (("chain: [8, 4]", "chain: [4, 8]"), "lightning.chain.1 (line 7): found 8"),
+        (("chain: [8, 4]", "chain: [2000, 4]"), "lightning.chain.0 (line 7): found 2000"),
+        (
+            ("{training_steps: 5}", "{network: lora, prediction: sample}"),
+            "lightning.links.4.prediction (line 9): found 'sample'; a LoRA cannot",
+        ),
+        (
+            ("{training_steps: 5}", "{batch_size: 3}\n  accumulation_steps: 2"),
+            "lightning.links.4.batch_size (line 9): found 3; expected a multiple",
+        ),
+        (("table: images.parquet", "columns: {aesthetic: []}"), "select.min_aesthetic: found 5.5; a threshold needs a score"),
+        (("table: images.parquet", "columns: {aesthetic: []}"), "ingest.table (line 2): missing; expected a value"),
+        (("evaluate: {}\n", ""), "publish (line 10): found 'small'; the model card needs figures: expected a section evaluate"),
+        (("name: small\ningest", "name: Größe\ningest"), "name (line 1): found 'Größe'"),
+        (("evaluate: {}", "evaluate: {teacher_guidance_scale: .nan}"), "evaluate.teacher_guidance_scale (line 10): found nan"),
+        (("evaluate: {}", "evaluate: {}\nevaluate: {}"), "line 11: the key 'evaluate' stands on line 10 already"),
+        (("evaluate: {}", "evaluate: &a [*a]"), "line 10: the value contains itself"),
+        (("evaluate: {}", "evaluate: 2001-99-99"), "a value cannot be read"),
+        (("evaluate: {}", "evaluate: {"), "not YAML"),
+    ],
+)
+def test_each_mistake_names_its_place(edit: tuple[str, str], expected: str) -> None:
+    assert GOOD.count(edit[0]) == 1
+    found = mistakes_of(GOOD.replace(*edit))
+    assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lightning", "expected section.field=value"),
+        ("lightning..chain=3", "expected section.field=value"),
+        ("name.first=3", "name is 'small', expected a section"),
+        ("lightning.chain=[", "--set lightning.chain=[: not YAML"),
+        ("lightning.batch_size=0", "lightning.batch_size (--set): found 0"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, expected: str) -> None:
+    assert any(expected in line for line in mistakes_of(GOOD, override))
+
+
+def test_a_file_that_cannot_be_read_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "binary.yaml", Path("a\0b")):
+        with pytest.raises(BadInput, match="cannot be read"):
+            load_recipe(path)
+
+
+def test_a_bomb_of_aliases_is_refused_quickly() -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 64))
+    assert any("more than 100,000 values" in line for line in mistakes_of(bomb))
+    assert any("nested too deeply" in line for line in mistakes_of("[" * 5000))
+
+
+_keys = st.sampled_from([*Recipe.model_fields, "chain", "links", "optimizer", "training", "columns", "min_side_px"]) | st.text(max_size=6)
+_leaves = (
+    st.none() | st.booleans() | st.integers() | st.integers(min_value=2**200, max_value=2**20000) | st.floats() | st.text(max_size=12)
+    | st.dates() | st.binary(max_size=8)
+)  # fmt: skip
+_junk = st.recursive(
+    _leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_keys | st.integers() | st.booleans(), inner, max_size=6),
+    max_leaves=25,
+)
+
+
+def _only_bad_input(text: str, *overrides: str) -> None:
+    try:
+        recipe = read_recipe(text, overrides)
+    except BadInput as error:
+        assert str(error)
+    else:
+        assert recipe.name
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(_keys, _junk, max_size=8), st.lists(st.text(max_size=20), max_size=2))
+def test_any_junk_is_bad_input_and_no_other_error(data: dict[str, object], overrides: list[str]) -> None:
+    try:
+        text = yaml.dump(data, allow_unicode=True)
+    except ValueError:  # an integer too long to write in decimal
+        return _only_parse(data)
+    _only_bad_input(text, *overrides)
+    return None
+
+
+def _only_parse(data: dict[str, object]) -> None:
+    with pytest.raises(BadInput):
+        parse_recipe(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.text(alphabet="{}[]:,&*a1-?|>!<%@` \n\"'#.~=", max_size=60))
+def test_any_text_is_bad_input_and_no_other_error(text: str) -> None:
+    _only_bad_input(text)
+    _only_bad_input(GOOD + text)
+    _only_bad_input(GOOD, text)
+
+
+def test_every_field_of_a_good_recipe_may_be_replaced_by_junk() -> None:
+    data = yaml.safe_load(GOOD)
+    for section, value in data.items():
+        for junk in (None, [], {}, "x", -1, [[]], {"x": 1}, 10**5000):
+            _replaced(data | {section: junk})
+            if isinstance(value, dict):
+                for field in value:
+                    _replaced(data | {section: value | {field: junk}})
+
+
+def _replaced(data: dict[str, object]) -> None:
+    try:
+        parse_recipe(data)
+    except BadInput as error:
+        assert "mistake" in str(error)
+
+
+def test_the_json_schema_knows_what_pydantic_knows() -> None:
+    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    good = json.loads(json.dumps(yaml.safe_load(GOOD)))
+    assert list(validator.iter_errors(good)) == []
+    assert list(validator.iter_errors(good | {"colour": 1}))
+    assert list(validator.iter_errors(good | {"seed": -1}))
+    described = [name for name, field in schema["$defs"]["IngestConfig"]["properties"].items() if "description" in field]
+    assert "table" in described and "min_side_px" in described
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_are_whole_and_fit_the_schema(path: Path) -> None:
+    recipe = load_recipe(path)
+    written = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    jsonschema.Draft202012Validator(Recipe.model_json_schema()).validate(written)
+    assert parse_recipe(json.loads(recipe.model_dump_json())) == recipe
