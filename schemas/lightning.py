@@ -65,34 +65,6 @@ class LightningConfig(TrainingConfig):
     links: Mapping[PositiveInt, LinkOverride] = {}
     """Overrides by the step count of the link's student."""
 
-<<<<<<< HEAD
-    @model_validator(mode="after")
-    def _chain_nests(self) -> "LightningConfig":
-        if len(self.chain) < 2:
-            raise ValueError(f"chain {list(self.chain)}: expected at least two step counts, such as [8, 4]")
-        for many, few in pairwise(self.chain):
-            if many % few or not set(trailing_timesteps(few)) < set(trailing_timesteps(many)):
-                raise ValueError(f"chain: the grid of {few} steps does not nest in that of {many}; expected a divisor of {many} below it")
-        unknown = sorted(set(self.links) - set(self.chain[1:]))
-        if unknown:
-            raise ValueError(f"links: {unknown} are no students of the chain; expected step counts among {list(self.chain[1:])}")
-        for steps in self.chain[1:]:
-            link = self.link(steps)
-            if link.network == "lora" and link.prediction == "sample":
-                raise ValueError(
-                    f"links.{steps}: a LoRA cannot carry the switch to x0-prediction (SDXL-Lightning 3.6); "
-                    "expected network: unet where prediction is sample"
-                )
-        for many, few in pairwise(self.chain[1:]):
-            if self.link(many).network == "unet" and self.link(few).network == "lora":
-                raise ValueError(
-                    f"links.{few}: a LoRA is published relative to the base teacher and cannot start from the UNet of {many} steps; expected "
-                    f"network: unet for {few} steps, or network: lora for all links before it"
-                )
-        return self
-
-=======
->>>>>>> flows
     def link(self, steps: int) -> LinkConfig:
         """Return the configuration of the link whose student takes `steps` steps."""
         position = self.chain.index(steps)
@@ -138,4 +110,15 @@ def _lora_keeps_the_prediction(config: LightningConfig) -> Iterator[Mistake]:
             yield ("links", steps, "prediction"), override.prediction, expected
 
 
-LightningConfig.cross_checks = (_chain_nests, _links_are_students, _lora_keeps_the_prediction)
+def _lora_follows_no_unet(config: LightningConfig) -> Iterator[Mistake]:
+    networks = {steps: config.links.get(steps, LinkOverride()).network or config.network for steps in config.chain[1:]}
+    for many, few in pairwise(config.chain[1:]):
+        if (networks[many], networks[few]) == ("unet", "lora"):
+            expected = (
+                f"a LoRA is published relative to the base teacher and cannot start from the UNet of {many} steps; expected network: unet "
+                f"for {few} steps, or network: lora for all links before it"
+            )
+            yield ("links", few, "network"), "lora", expected
+
+
+LightningConfig.cross_checks = (_chain_nests, _links_are_students, _lora_keeps_the_prediction, _lora_follows_no_unet)

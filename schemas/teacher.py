@@ -90,24 +90,13 @@ class TrainTeacherConfig(Model):
     storage_dtype: Literal["float32", "float16"] = "float16"
     """Type of the weights in the published files."""
 
-<<<<<<< HEAD
-    @model_validator(mode="after")
-    def _levels_agree(self) -> "TrainTeacherConfig":
-        levels = len(self.unet.block_out_channels)
-        if len(self.unet.attention_levels) != levels or len(self.unet.attention_heads) != levels:
-            raise ValueError("unet.attention_levels and unet.attention_heads: expected one entry for each of unet.block_out_channels")
-        return self
-=======
 
 def _levels_agree(config: TrainTeacherConfig) -> Iterator[Mistake]:
     levels = len(config.unet.block_out_channels)
-    if len(config.unet.attention_levels) != levels:
-        yield (
-            ("unet", "attention_levels"),
-            list(config.unet.attention_levels),
-            f"expected {levels}, one for each of unet.block_out_channels",
-        )
+    for name in ("attention_levels", "attention_heads"):
+        found = list(getattr(config.unet, name))
+        if len(found) != levels:
+            yield ("unet", name), found, f"expected {levels}, one for each of unet.block_out_channels"
 
 
 TrainTeacherConfig.cross_checks = (_levels_agree,)
->>>>>>> flows

@@ -36,13 +36,16 @@ class TeacherPipeline:
 
     @classmethod
     def load(
-        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, vae_dtype: torch.dtype | None = None
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
     ) -> Self:
         """Load a pipeline folder; nothing is downloaded and no code of the folder is run.
 
-        `vae_dtype` is the type of the VAE. Without it that is `dtype`, but float32 where `dtype` is float16 and the VAE's configuration says
-        `force_upcast` (SDXL's overflows in half precision). Raises `BadInput` for what `inspect` refuses, and for weights that do not fill the
-        configured networks.
+        The VAE is of `vae_dtype`; where that is None of `dtype`, or of float32 where `dtype` is float16 and the VAE's configuration says
+        `force_upcast` (SDXL's overflows in half precision). Raises `BadInput` for what `inspect` refuses, and for weights that do not fill the configured networks.
         """
         facts = inspect(folder)
         parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}

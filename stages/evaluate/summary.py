@@ -65,6 +65,7 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
             "distinct_prompts": measured.prompts.distinct,
             "prompts_from": measured.prompts.source,
             "prompts_sha256": measured.prompts.digest,
+            "examples": list(dict.fromkeys(measured.prompts.images))[: measured.config.grid_prompts],
             "seed": measured.seed,
             "teacher_guidance_scale": measured.config.teacher_guidance_scale,
         },

@@ -1,5 +1,6 @@
 """The model card: metadata that the hub reads, figures, lineage, and the calls that load each variant."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from stages.publish.variants import TEACHER, Description, Variant
 
 def render_card(config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]) -> str:
     """Return `README.md`. `summary` is the evaluation's `report.json`; `students` are by node name."""
+    prompt = summary["samples"]["examples"][0]
     environment = Environment(
         loader=PackageLoader("stages.publish", "."),
         autoescape=False,  # Markdown
@@ -27,8 +29,8 @@ def render_card(config: PublishConfig, description: Description, summary: Mappin
         description=description,
         summary=summary,
         tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
-        snippets={name: snippet(description, name, variant) for name, variant in description.variants.items()},
-        teacher_snippet=teacher_snippet(description) if description.complete else "",
+        snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
+        teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
         training={node: manifest.content.training_steps for node, manifest in students.items()},
         plural=plural,
     )
@@ -61,7 +63,7 @@ def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
     return "\n".join(lines)
 
 
-def snippet(description: Description, name: str, variant: Variant) -> str:
+def snippet(description: Description, name: str, variant: Variant, prompt: str) -> str:
     """Python that loads one variant with plain diffusers calls and draws a picture with it."""
     builders = {"unet": _load_unet, "lora": _load_lora}
     network = "UNet2DConditionModel" if variant.kind == "unet" else ""
@@ -74,12 +76,12 @@ def snippet(description: Description, name: str, variant: Variant) -> str:
             f'model = "{description.name}"  # this folder, or its id on the hub',
             *builders[variant.kind](description, name),
             f'pipeline.scheduler = {variant.scheduler}.from_pretrained(model, subfolder="{name}/scheduler")',
-            *_draw(variant.steps[0], variant.guidance_scale),
+            *_draw(prompt, variant.steps[0], variant.guidance_scale),
         ]
     )
 
 
-def teacher_snippet(description: Description) -> str:
+def teacher_snippet(description: Description, prompt: str) -> str:
     """Python that draws with the teacher, sampled as it was measured."""
     teacher = description.teacher
     return "\n".join(
@@ -90,7 +92,7 @@ def teacher_snippet(description: Description) -> str:
             f'model = "{description.name}"  # this folder, or its id on the hub',
             f"pipeline = {description.pipeline}.from_pretrained(model, torch_dtype=torch.float32)",
             f'pipeline.scheduler = {teacher.scheduler}.from_pretrained(model, subfolder="{TEACHER}/scheduler")',
-            *_draw(teacher.steps, teacher.guidance_scale),
+            *_draw(prompt, teacher.steps, teacher.guidance_scale),
         ]
     )
 
@@ -113,9 +115,9 @@ def _base(description: Description) -> str:
     return "model" if description.complete else f'"{description.base_model}"'
 
 
-def _draw(steps: int, guidance_scale: float) -> list[str]:
+def _draw(prompt: str, steps: int, guidance_scale: float) -> list[str]:
     return [
-        'prompt = "a red apple"',
+        f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
         "generator = torch.Generator().manual_seed(0)",
         f"image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance_scale:g}, generator=generator).images[0]",
     ]

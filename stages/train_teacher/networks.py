@@ -25,7 +25,8 @@ def seeded(seed: int) -> Iterator[None]:
 def build_autoencoder(config: AutoencoderConfig, resolution_px: int) -> Any:
     """AutoencoderKL with latents of side resolution / 2^(levels - 1)."""
     levels = len(config.block_out_channels)
-    vae = AutoencoderKL(
+    kind: Any = AutoencoderKL
+    vae = kind(
         in_channels=3,
         out_channels=3,
         latent_channels=config.latent_channels,
@@ -71,7 +72,8 @@ def build_unet(config: UNetConfig, *, latent_channels: int, latent_side: int, te
     """UNet2DConditionModel that takes both encoders' hidden states side by side, the second's pooled embedding, and six time ids."""
     down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention_levels)
     up = tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention_levels))
-    return UNet2DConditionModel(
+    kind: Any = UNet2DConditionModel
+    return kind(
         sample_size=latent_side,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -92,16 +94,18 @@ def build_unet(config: UNetConfig, *, latent_channels: int, latent_side: int, te
 
 def assemble_pipeline(
     vae: Any, text_encoders: tuple[Any, Any], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], unet: Any, prediction_type: str
-) -> StableDiffusionXLPipeline:
+) -> Any:
     """The pipeline that diffusers saves and loads; zeros stand for no prompt, as in SDXL base."""
-    return StableDiffusionXLPipeline(
+    kind: Any = StableDiffusionXLPipeline
+    scheduler: Any = EulerDiscreteScheduler
+    return kind(
         vae=vae,
         text_encoder=text_encoders[0],
         text_encoder_2=text_encoders[1],
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=unet,
-        scheduler=EulerDiscreteScheduler(**BETAS, prediction_type=prediction_type, timestep_spacing="trailing"),
+        scheduler=scheduler(**BETAS, prediction_type=prediction_type, timestep_spacing="trailing"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -24,8 +24,9 @@ def build_tokenizers(captions: Sequence[str], vocabulary_size: int, max_tokens: 
     words = list(dict.fromkeys([*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges)]))[:room]
     vocabulary = {word: number for number, word in enumerate([*words, START, END])}
     kept = [pair for pair in merges if all(part in vocabulary for part in (*pair, "".join(pair)))]
-    first = CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=max_tokens)
-    second = CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=max_tokens, pad_token="!")
+    kind: Any = CLIPTokenizer  # its annotations know files only
+    first = kind(vocab=vocabulary, merges=kept, model_max_length=max_tokens)
+    second = kind(vocab=vocabulary, merges=kept, model_max_length=max_tokens, pad_token="!")
     return first, second
 
 

@@ -213,6 +213,7 @@ class _KillAfter:
     def update(self, done: int, total: int, unit: str, figures: Mapping[str, float] | None = None) -> None:
         assert total == 7 * 7
         assert unit == "images"
+        assert figures is None
         if done >= self.images:
             raise _Killed
 

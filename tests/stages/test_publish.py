@@ -24,7 +24,7 @@ from stages.evaluate.samples import Sampler
 from stages.publish.export import check_destination
 from stages.sample import open_published, read_description, sample
 from stages.students import load_student
-from tests.distilled import Chain
+from tests.distilled import CAPTIONS, Chain
 from tests.tiny_pipelines import Kind
 from tests.workspaces import make_workspace, open_store
 
@@ -99,7 +99,7 @@ def _as_on_the_card(published: Published, folder: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_the_cards_code_draws_what_was_measured_bit_for_bit(
-    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, model: str, steps: tuple[int, ...]
+    *, published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, model: str, steps: tuple[int, ...]
 ) -> None:
     pipeline = _as_on_the_card(published, tmp_path, monkeypatch, heading)["pipeline"]
     pipeline.set_progress_bar_config(disable=True)
@@ -126,13 +126,15 @@ def test_the_cards_code_draws_what_was_measured_bit_for_bit(
     ],
 )
 def test_sample_draws_the_cards_picture(
-    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, steps: int, variant: str | None
+    *, published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heading: str, steps: int, variant: str | None
 ) -> None:
-    image = _as_on_the_card(published, tmp_path, monkeypatch, heading)["image"]
-    ours = sample(published.folder, "a red apple", steps=steps, seed=0, variant=variant)
+    names = _as_on_the_card(published, tmp_path, monkeypatch, heading)
+    assert names["prompt"] in CAPTIONS
+    ours = sample(published.folder, names["prompt"], steps=steps, seed=0, variant=variant)
     assert isinstance(ours, Image.Image)
-    assert np.array_equal(np.asarray(ours), np.asarray(image))
-    assert not np.array_equal(np.asarray(sample(published.folder, "a red apple", steps=steps, seed=1, variant=variant)), np.asarray(ours))
+    assert np.array_equal(np.asarray(ours), np.asarray(names["image"]))
+    other = sample(published.folder, names["prompt"], steps=steps, seed=1, variant=variant)
+    assert not np.array_equal(np.asarray(other), np.asarray(ours))
 
 
 def test_sample_names_the_variants_where_none_or_several_fit(published: Published) -> None:
