@@ -1,7 +1,13 @@
 """Content of what lies outside the store (URL tables, teacher folders, prompt files): digests, and local copies."""
 
 import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import fsspec
 
@@ -9,13 +15,43 @@ from schemas.base import digest
 from schemas.errors import BadInput
 
 _CHUNK = 8 * 2**20
+_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_DATA_SUFFIXES = (".parquet", ".csv", ".txt", ".json", ".jsonl", ".yaml", ".yml", ".safetensors", ".npz", ".tar")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model repository on the Hugging Face hub, at a revision (a commit, tag or branch; None: the newest of its main branch)."""
+
+    name: str
+    """Such as `stabilityai/stable-diffusion-xl-base-1.0`."""
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, address: str) -> Self | None:
+        """Read `organisation/name` or `organisation/name@revision`; None for anything that is a path or an address.
+
+        A path that exists, one below a folder that exists, and names of data files are paths.
+        """
+        match = _HUB_ID.fullmatch(address)
+        if match is None or Path(address).exists() or Path(address.partition("/")[0]).is_dir() or address.endswith(_DATA_SUFFIXES):
+            return None
+        return cls(match["name"], match["revision"])
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
 
 def content_digest(address: str) -> str:
     """SHA-256 of a file, or digest over relative paths and SHA-256 of all files of a folder (hidden files aside).
 
-    `address` is a local path, a `file://` or any other address fsspec knows. Raises `BadInput` when nothing is there.
+    `address` is a local path, a `file://` or any other address fsspec knows, or a hub id, whose digest is over the commit and its files' names and
+    hashes. Raises `BadInput` when nothing is there, or the hub cannot be asked.
     """
+    hub = HubModel.parse(address)
+    if hub is not None:
+        info = _hub_info(hub)
+        return digest({"commit": info.sha, "files": sorted([file.rfilename, file.blob_id] for file in info.siblings)})
     system, path = fsspec.core.url_to_fs(address)
     try:
         if system.isfile(path):
@@ -28,20 +64,68 @@ def content_digest(address: str) -> str:
     return digest([[name[len(path) :].lstrip("/"), _file_digest(system, name)] for name in names])
 
 
-def local_copy(address: str, folder: Path) -> Path:
-    """Return a local path with the content of `address`: the place itself where it is local, else a copy under `folder`."""
+def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambda _path: True) -> Path:
+    """Return a local path with the content of `address`: the place itself where it is local, else a copy under `folder`.
+
+    Of a remote folder or hub repository only the files are copied whose relative path is `wanted`. Raises `BadInput` when nothing is there.
+    """
+    hub = HubModel.parse(address)
+    if hub is not None:
+        return _hub_copy(hub, folder / hub.name.replace("/", "--"), wanted)
     system, path = fsspec.core.url_to_fs(address)
     if "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
         return Path(path)
-    target = folder / str(path).rstrip("/").rsplit("/", 1)[-1]
-    if system.isfile(path):
-        system.get_file(path, str(target))
-        return target
-    for name in system.find(path):
-        destination = target / name[len(path) :].lstrip("/")
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        system.get_file(name, str(destination))
+    target: Path = folder / str(path).rstrip("/").rsplit("/", 1)[-1]
+    try:
+        if system.isfile(path):
+            system.get_file(path, str(target))
+            return target
+        names = [name for name in system.find(path) if wanted(name[len(path) :].lstrip("/"))]
+        for name in names:
+            destination = target / name[len(path) :].lstrip("/")
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            system.get_file(name, str(destination))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{address}: cannot be read ({error})") from error
+    if not names:
+        raise BadInput(f"{address}: nothing is there; expected a file or a folder")
     return target
+
+
+def _hub_info(hub: HubModel) -> Any:
+    from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import, and needed by few recipes
+
+    with _hub_errors(hub):
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(hub.name, revision=hub.revision, files_metadata=True, timeout=30)
+
+
+def _hub_copy(hub: HubModel, target: Path, wanted: Callable[[str], bool]) -> Path:
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    info = _hub_info(hub)
+    names = [file.rfilename for file in info.siblings if wanted(file.rfilename)]
+    if not names:
+        raise BadInput(f"{hub}: the hub repository holds none of the files that are needed")
+    with _hub_errors(hub):
+        # The patterns are globs: in a name without a wildcard they match that name alone.
+        snapshot_download(hub.name, revision=info.sha, local_dir=target, allow_patterns=names, endpoint=os.environ.get("HF_ENDPOINT"))
+    return target
+
+
+@contextmanager
+def _hub_errors(hub: HubModel) -> Iterator[None]:
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    # The base of the hub's own HTTP errors is that of its HTTP library, which changed with its major versions.
+    http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
+    try:
+        yield
+    except (OSError, ValueError, http_error) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{hub}: no such file or folder here, and the hub does not give such a model ({first_line}); "
+            "expected an existing path, an address, or a hub id and access to the hub"
+        ) from error
 
 
 def _file_digest(system: fsspec.AbstractFileSystem, path: str) -> str:

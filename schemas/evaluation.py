@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal
 
+from pydantic import model_validator
+
 from schemas.base import Field, Model, NotIdentity
 from schemas.training import PositiveInt
 
@@ -12,7 +14,7 @@ class EvaluateConfig(Model):
     prompts: Annotated[str | None, NotIdentity] = None
     """Text file, one prompt a line. null: captions of the encoded set, in the order of the seed. Its content is part of the identity."""
     prompt_count: Annotated[int, Field(ge=2)] = 10_000
-    """Images sampled a row of the table. SDXL-Lightning 4.3: 10K."""
+    """Prompts of a row of the table. SDXL-Lightning 4.3: 10K, one image each. Where fewer exist they are repeated, with other noise."""
     images_per_prompt: PositiveInt = 1
     teacher_steps: tuple[PositiveInt, ...] = (32, 8, 4, 2, 1)
     """Step counts the teacher is sampled with; the first is the reference of the teacher-referenced FID."""
@@ -33,7 +35,17 @@ class PublishConfig(Model):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
     licence: str = "other"
     """Licence identifier of the hub for the card, such as `openrail++`. The student inherits the teacher's terms."""
+    base_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")] | None = None
+    """Hub id of the teacher for the card's metadata, such as `stabilityai/stable-diffusion-xl-base-1.0`."""
     include_pipeline: bool = True
     """Whether the teacher's VAE, text encoders and tokenizers are copied beside the students, so that the folder needs nothing else."""
     destination: Annotated[str | None, NotIdentity] = None
     """Folder to export the published model to, beside the artifact on the store."""
+
+    @model_validator(mode="after")
+    def _students_have_a_base(self) -> "PublishConfig":
+        if not self.include_pipeline and self.base_model is None:
+            raise ValueError(
+                "base_model: null; without the teacher's pipeline (include_pipeline: false) expected the hub id of one to load"
+            )
+        return self

@@ -110,4 +110,15 @@ def _lora_keeps_the_prediction(config: LightningConfig) -> Iterator[Mistake]:
             yield ("links", steps, "prediction"), override.prediction, expected
 
 
-LightningConfig.cross_checks = (_chain_nests, _links_are_students, _lora_keeps_the_prediction)
+def _lora_follows_no_unet(config: LightningConfig) -> Iterator[Mistake]:
+    networks = {steps: config.links.get(steps, LinkOverride()).network or config.network for steps in config.chain[1:]}
+    for many, few in pairwise(config.chain[1:]):
+        if (networks[many], networks[few]) == ("unet", "lora"):
+            expected = (
+                f"a LoRA is published relative to the base teacher and cannot start from the UNet of {many} steps; expected network: unet "
+                f"for {few} steps, or network: lora for all links before it"
+            )
+            yield ("links", few, "network"), "lora", expected
+
+
+LightningConfig.cross_checks = (_chain_nests, _links_are_students, _lora_keeps_the_prediction, _lora_follows_no_unet)

@@ -36,6 +36,7 @@ _HOSTILE_BYTES: Final = (
 """What Pillow's decoders raise on malformed files."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is the bound here, and it refuses
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # malformed files are counted, not told one by one
 
 
 class BrokenPictureError(Exception):

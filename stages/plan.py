@@ -73,7 +73,7 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         )
     if recipe.teacher is not None:
         teacher = "teacher"
-        nodes.append(Node(teacher, "teacher", recipe.teacher, seed, outside={"source": recipe.teacher.source}))
+        nodes.append(Node(teacher, "teacher", recipe.teacher, seed, outside={"source": recipe.teacher.address}))
     else:
         assert recipe.train_teacher is not None, "the recipe's own check"
         teacher = "train-teacher"

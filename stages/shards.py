@@ -49,7 +49,7 @@ class Place:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of an `image_shards` or `selection` folder, in order."""
-    return sorted(folder.glob("shard-*.tar"))
+    return sorted(folder.glob("shard-*.tar"), key=lambda path: (len(path.name), path.name))
 
 
 def index_shard(path: Path) -> list[Place]:

@@ -31,10 +31,9 @@ def sample(
         raise BadInput(f"--output {destination}: expected a file name that ends in .png")
     if not destination.parent.is_dir():
         raise BadInput(f"--output {destination}: the folder {destination.parent} does not exist")
-    from stages.sample import open_published, sample
-
     from flows.preparation import open_store
     from stages.preflight import check_device
+    from stages.sample import open_published, sample
 
     check_device(device)
     folder = open_published(published, None if Path(published).is_dir() else open_store(store))

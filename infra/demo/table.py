@@ -13,8 +13,9 @@ from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from infra.demo.emoji import captions, render, variant
 from PIL import Image, ImageFilter
+
+from infra.demo.emoji import captions, render, variant
 
 LARGE: Final = (1088, 1152, 1216, 1280)
 SMALL: Final = (512, 768, 1000)

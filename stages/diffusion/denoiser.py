@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from stages.diffusion.conditioning import Conditioning
@@ -72,7 +73,7 @@ def predict(
 ) -> Prediction:
     """x0 and eps of the denoiser's (guided) output; x0 and eps are guided consistently because both are affine in the output."""
     output = guided_output(denoiser, x_t, timesteps, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
-    alpha, sigma = denoiser.schedule.alpha_sigma(timesteps, x_t.ndim)
+    alpha, sigma = denoiser.schedule.alpha_sigma(timesteps, x_t.ndim, torch.promote_types(x_t.dtype, torch.float32))
     return Prediction(*denoiser.prediction.to_x0_eps(output, x_t, alpha, sigma))
 
 

@@ -121,9 +121,13 @@ def _checked_index(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder}: pipeline {name!r} is not supported; expected {' or '.join(ARCHITECTURES)}")
     for component, allowed in ARCHITECTURES[name].items():
         found = index.get(component)
-        kind = found[1] if isinstance(found, list) and len(found) == 2 else None
+        library, kind = found if isinstance(found, list) and len(found) == 2 else (None, None)
         if kind is None:
             raise BadInput(f"{folder}: {name} has no {component}; expected one of {', '.join(allowed or _SCHEDULERS)}")
+        if library not in ("diffusers", "transformers"):
+            raise BadInput(
+                f"{folder}: {component} comes from {library!r}; expected diffusers or transformers, since code of a pipeline is never run"
+            )
         if kind not in (allowed or _SCHEDULERS):
             raise BadInput(f"{folder}: {component} {kind!r} is not supported; expected one of {', '.join(allowed or _SCHEDULERS)}")
     if index.get("requires_aesthetics_score"):

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from schemas.errors import BadInput
+from stages.diffusion.weights import save_tensors
 
 LORA_TARGETS = (
     "to_q",
@@ -48,7 +48,12 @@ def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parame
     """
     if getattr(unet, "peft_config", None):
         raise BadInput("UNet: it has a LoRA adapter already; merge or remove it first")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), init_lora_weights=True)
+    settings: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(LORA_TARGETS),
+    }  # peft declares alpha int, and takes floats
+    config = LoraConfig(**settings)
     with torch.random.fork_rng(devices=[]):
         unet.add_adapter(config, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
@@ -89,10 +94,10 @@ def save_lora(unet: Any, folder: Path, dtype: torch.dtype | None = None) -> Path
     config = unet.peft_config[_ADAPTER]
     # Only what rebuilds the adapter: peft's whole configuration differs from version to version, and its target set has no order.
     described = {"unet.r": config.r, "unet.lora_alpha": config.lora_alpha, "unet.target_modules": list(LORA_TARGETS)}
-    tensors = {f"unet.{name}": tensor.detach().to("cpu", dtype).contiguous() for name, tensor in lora_state(unet).items()}
+    tensors = {f"unet.{name}": tensor.to(dtype=dtype) for name, tensor in lora_state(unet).items()}
     path = folder / LORA_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt", _METADATA_KEY: json.dumps(described, sort_keys=True)})
+    save_tensors(path, tensors, {"format": "pt", _METADATA_KEY: json.dumps(described, sort_keys=True)})
     return path
 
 

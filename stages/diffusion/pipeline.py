@@ -35,11 +35,17 @@ class TeacherPipeline:
         """What the UNet's output means."""
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype | None = None,
+    ) -> Self:
         """Load a pipeline folder; nothing is downloaded and no code of the folder is run.
 
-        The VAE is kept in float32 where `dtype` is float16 and its configuration says `force_upcast` (SDXL's overflows in half precision). Raises
-        `BadInput` for what `inspect` refuses, and for weights that do not fill the configured networks.
+        The VAE is of `vae_dtype`; where that is None of `dtype`, or of float32 where `dtype` is float16 and the VAE's configuration says
+        `force_upcast` (SDXL's overflows in half precision). Raises `BadInput` for what `inspect` refuses, and for weights that do not fill the configured networks.
         """
         facts = inspect(folder)
         parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
@@ -47,7 +53,7 @@ class TeacherPipeline:
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         parts["unet"] = _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
         force_upcast = read_config(folder, "vae").get("force_upcast", True)
-        vae_dtype = torch.float32 if dtype == torch.float16 and force_upcast else dtype
+        vae_dtype = vae_dtype or (torch.float32 if dtype == torch.float16 and force_upcast else dtype)
         parts["vae"] = _load(diffusers.AutoencoderKL, folder / "vae", vae_dtype)
         parts["text_encoder"] = _load(transformers.CLIPTextModel, folder / "text_encoder", dtype)
         if "text_encoder_2" in components(folder):

@@ -15,17 +15,12 @@ from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, guided_output
 from stages.diffusion.schedule import SCHEDULE_KEYS
 
-
-def _trailing(schedule: dict[str, Any], prediction_type: str) -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(**schedule, prediction_type=prediction_type, timestep_spacing="trailing")
-
-
-def _lcm(schedule: dict[str, Any], prediction_type: str) -> LCMScheduler:
-    return LCMScheduler(**schedule, prediction_type=prediction_type)
-
-
-SAMPLERS: Mapping[str, Callable[[dict[str, Any], str], Any]] = {"trailing": _trailing, "lcm": _lcm}
-"""`trailing`: Euler (equal to DDIM) on the trailing grid, as SDXL-Lightning is sampled; `lcm`: LCMScheduler with its 50-point grid."""
+SAMPLERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "trailing": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "lcm": (LCMScheduler, {}),
+}
+"""Scheduler class and settings by sampler. `trailing`: Euler (the same moves as DDIM) on the trailing grid, as SDXL-Lightning is sampled (arXiv
+2402.13929, 3.5); `lcm`: multistep consistency sampling with a grid of 50 points."""
 
 
 def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction_type: str) -> Any:
@@ -36,7 +31,8 @@ def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction
     if sampler not in SAMPLERS:
         raise BadInput(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
     schedule = {key: scheduler_config[key] for key in SCHEDULE_KEYS if key in scheduler_config}
-    return SAMPLERS[sampler](schedule, prediction_type)
+    kind, settings = SAMPLERS[sampler]
+    return kind(**schedule, **settings, prediction_type=prediction_type)
 
 
 @torch.no_grad()
@@ -86,9 +82,14 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
 
 
-def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Starting noise (B, *shape) float32, one draw a generator, as diffusers' pipelines draw it from `generator=[...]`."""
-    noise: Tensor = randn_tensor((len(generators), *shape), generator=list(generators), device=torch.device(device), dtype=torch.float32)
+def draw_noise(
+    generators: Sequence[torch.Generator],
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Starting noise (B, *shape), one draw a generator, as diffusers' pipelines draw it from `generator=[...]`: in the type of the text encoders."""
+    noise: Tensor = randn_tensor((len(generators), *shape), generator=list(generators), device=torch.device(device), dtype=dtype)
     return noise
 
 

@@ -39,7 +39,7 @@ def ddim_move(
     Returns x_s in float32 or wider.
     """
     x0, eps = predict(denoiser, x_t, t, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
-    return ddim_step(x0, eps, *denoiser.schedule.alpha_sigma(s, x_t.ndim))
+    return ddim_step(x0, eps, *denoiser.schedule.alpha_sigma(s, x_t.ndim, x0.dtype))
 
 
 def ddim_moves(

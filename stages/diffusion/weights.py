@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from schemas.errors import BadInput
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -77,6 +80,19 @@ def read_header(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: {what}: {size} bytes, its header promises {8 + length + end}")
     header.pop("__metadata__", None)
     return dict(header)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on the arguments alone: the library writes metadata of several keys in a random order."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata))
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(ordered) == length, "the same entries in another order"
+        stream.seek(8)
+        stream.write(ordered)
 
 
 def parameter_count(weights: WeightsFiles) -> int:

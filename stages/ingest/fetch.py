@@ -1,15 +1,17 @@
 """Fetching one chunk of rows with img2dataset in processes of its own, and what it says became of each row."""
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,25 +101,33 @@ def _run(options: Path) -> str:
         env=environment,
         start_new_session=True,
     )
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stdin is not None
+    forward = threading.Thread(target=_forward, args=(process.stdout, last), daemon=True, name="img2dataset-log")
+    forward.start()
     try:
-        for line in process.stdout:
-            if text := line.rstrip():
-                last.append(text)
-                logger.info("img2dataset: %s", text)
         status = process.wait()
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # whoever is left of the group: after a crash its processes would hold the pipe open for ever
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        assert process.stdin is not None
+        process.wait()
+        forward.join()
         process.stdin.close()
+        process.stdout.close()
     lines = "\n".join(last)
     if "No module named 'img2dataset'" in lines:
         raise BadInput("ingest needs img2dataset: install the extra `data` (pip install 'diffusion-distillery[data]')")
     if status != 0:
         raise RunFailed(f"img2dataset ended with status {status}; its last lines:\n{lines}")
     return lines
+
+
+def _forward(stream: IO[str], last: deque[str]) -> None:
+    for line in stream:
+        if text := line.rstrip():
+            last.append(text)
+            logger.info("img2dataset: %s", text)
 
 
 def _outcomes(statuses: Path) -> list[Fetched]:

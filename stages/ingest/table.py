@@ -147,7 +147,7 @@ class UrlTable:
                 continue
             column = batch.column(names[field])
             try:
-                arrays.append(pc.cast(column, wanted, safe=False))
+                arrays.append(pc.cast(column, wanted, safe=field in _TEXT))
             except pa.ArrowException as error:
                 raise BadInput(f"table {file}: column {names[field]} cannot be read as {wanted} ({error})") from error
         return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)

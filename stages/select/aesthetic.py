@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -33,11 +33,12 @@ class AestheticPredictor:
     inactive when scoring, and no activations).
     """
 
-    def __init__(self, clip: CLIPVisionModelWithProjection, head: Sequence[tuple[Tensor, Tensor]], device: str) -> None:
-        self.clip = clip.to(device).eval()
+    def __init__(self, clip: Any, head: Sequence[tuple[Tensor, Tensor]], device: str) -> None:
+        self.clip = clip.eval().to(device)
+        """CLIPVisionModelWithProjection."""
         self.head = [(weight.to(device), bias.to(device)) for weight, bias in head]
         self.device = device
-        self.image_size: int = clip.config.image_size
+        self.image_size = int(self.clip.config.image_size)
 
     @classmethod
     def load(cls, folder: Path, device: str) -> Self:

@@ -14,12 +14,12 @@ _FLAT: Final = 1e-3
 def sharpness(picture: Image.Image, analysis_px: int) -> float:
     """Variance of the Laplacian over the variance of the luma, after shrinking the short side to `analysis_px` pixels (never enlarging).
 
-    A unitless ratio of at most about 64, rounded to six digits: the mean square gain of the 4-neighbour Laplacian over the picture's spectrum, so white
-    noise gives 20, a checkerboard of pixels 64, photographs in focus a few hundredths, the same blurred by 3 pixels thousandths. Flat pictures
-    and those less than 3 pixels high or wide give 0. The bare variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom autofocusing in
-    brightfield microscopy") moves with contrast and twentyfold with scale.
+    A unitless ratio of at most about 64, rounded to six digits: the mean square gain of the 4-neighbour Laplacian over the picture's spectrum.
+    White noise gives 20, a checkerboard of pixels 64, photographs in focus some hundredths, the same blurred by 3 pixels thousandths. Flat
+    pictures, and those less than 3 pixels high or wide, give 0. The bare variance of the Laplacian (Pech-Pacheco et al. 2000, "Diatom
+    autofocusing in brightfield microscopy") moves with contrast and twentyfold with scale.
     """
-    luma = shrink(np.asarray(picture.convert("L")), analysis_px).astype(np.float32)
+    luma = shrink(_luma(picture), analysis_px)
     if min(luma.shape) < 3:
         return 0.0
     variance = float(luma.var(dtype=np.float64))
@@ -29,11 +29,17 @@ def sharpness(picture: Image.Image, analysis_px: int) -> float:
     return float(f"{float(laplacian.var(dtype=np.float64)) / variance:.6g}")
 
 
-def shrink(luma: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
+def shrink(luma: NDArray[np.float32], short_side: int) -> NDArray[np.float32]:
     """Shrink (H, W) by area averaging until the short side is `short_side` pixels; a smaller picture is returned as it is."""
     height, width = luma.shape
     scale = short_side / min(height, width)
     if scale >= 1:
         return luma
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(cv2.resize(luma, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    return np.asarray(cv2.resize(luma, size, interpolation=cv2.INTER_AREA), dtype=np.float32)
+
+
+def _luma(picture: Image.Image) -> NDArray[np.float32]:
+    # In floats: rounded to whole levels, a picture of low contrast would be all rounding noise, which is as sharp as noise can be.
+    rgb = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), dtype=np.float32)

@@ -39,13 +39,13 @@ class Checkpoints:
         """
         part = f"{self.name}-{step:08d}"
         with self.workspace.folder("checkpoint") as folder:
-            pieces = {}
+            names = {}
             for piece, tensors in self._pieces().items():
-                pieces[piece] = sorted(tensors)
+                names[piece] = sorted(tensors)
                 _refuse_non_finite(part, piece, tensors)
                 save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / f"{piece}.safetensors")
             updates = {player: updater.updates for player, updater in self.updaters.items()}
-            (folder / "state.json").write_text(json.dumps({"step": step, "updates": updates, "pieces": pieces}, indent=1))
+            (folder / "state.json").write_text(json.dumps({"step": step, "updates": updates, "pieces": names}, indent=1))
             write_metrics(rows, folder / "metrics.parquet")
             self.workspace.save_part(part, folder, {"step": step})
         self.newest = step
@@ -74,9 +74,9 @@ class Checkpoints:
         _refuse_difference(part, "piece", set(live), {path.stem for path in folder.glob("*.safetensors")} & set(state["pieces"]))
         _refuse_difference(part, "player", set(self.updaters), set(state["updates"]))
         saved = {piece: load_file(folder / f"{piece}.safetensors") for piece in live}
-        for piece, tensors in saved.items():  # an optimiser has no tensors before its first step
+        for piece, loaded in saved.items():  # an optimiser has no tensors before its first step
             expected = state["pieces"][piece] if piece.startswith("optimizer-") else live[piece]
-            _refuse_difference(part, f"tensor of {piece}", set(expected), set(tensors))
+            _refuse_difference(part, f"tensor of {piece}", set(expected), set(loaded))
         with torch.no_grad():
             for piece, tensors in live.items():
                 if not piece.startswith("optimizer-"):

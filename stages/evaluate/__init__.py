@@ -1,0 +1,9 @@
+"""Teacher and students on the same prompts and noise: samples, FID, a grid picture, a report."""
+
+from infra.torchvision_ops import define_missing_ops
+
+define_missing_ops()
+
+from stages.evaluate.stage import Inputs, run  # noqa: E402
+
+__all__ = ["Inputs", "run"]

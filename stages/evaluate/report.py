@@ -1,0 +1,148 @@
+"""The report: one HTML file that asks nothing of any server, the same bytes for the same figures."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+from PIL import Image
+
+from stages.evaluate.charts import Series, line_chart, swatch
+from stages.evaluate.curves import Curve
+from stages.evaluate.grid import Group, Pixels, thumbnail
+from stages.evaluate.summary import figure, plural
+
+_COLOURS = 6
+_EXACT_PX = 128
+
+
+@dataclass(frozen=True)
+class GridPictures:
+    """What the grid shows."""
+
+    prompts: tuple[str, ...]
+    groups: tuple[Group, ...]
+    pictures: Sequence[Sequence[Sequence[Pixels]]]
+    """`[group][column][prompt]`, RGB (H, W, 3)."""
+
+
+def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mapping[str, Sequence[Curve]]) -> str:
+    """Return the page. `summary` is what `report.json` holds; `curves` are by student."""
+    environment = Environment(
+        loader=PackageLoader("stages.evaluate", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figure": figure, "plural": plural, "grouped": lambda number: f"{number:,}".replace(",", "\u202f")}
+    families = list(dict.fromkeys(row["family"] for row in summary["rows"]))
+    slots = {family: number % _COLOURS for number, family in enumerate(families)}
+    return environment.get_template("report.html.j2").render(
+        summary=summary,
+        reference=summary["rows"][0],
+        students=len({row["model"] for row in summary["rows"]} - {"teacher"}),
+        legend=[(family, swatch(slots[family])) for family in families],
+        tables=[_table(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
+        charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
+        tiles=_tiles(summary),
+        grid=_grid(grid),
+        curves=[(name, _curve(name, lines)) for name, lines in curves.items() if lines],
+        funnel=_funnel(summary["funnel"]),
+        config=yaml.safe_dump({"evaluate": summary["config"]}, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures at the head of the page: for each step count of a student its best FID to the teacher, beside the teacher's own."""
+    reference = summary["rows"][0]
+    teacher = {row["steps"]: row["scores"]["fid_teacher"] for row in summary["rows"] if row["model"] == "teacher" and row is not reference}
+    students = [row for row in summary["rows"] if row["model"] != "teacher"]
+    tiles = []
+    for steps in sorted({row["steps"] for row in students if row["steps"] < reference["steps"]}, reverse=True)[-4:]:
+        best = min((row for row in students if row["steps"] == steps), key=lambda row: (row["scores"]["fid_teacher"], row["name"]))
+        note = f"teacher {figure(teacher[steps])}" if steps in teacher else ""
+        tiles.append({"label": plural(steps, "step"), "value": figure(best["scores"]["fid_teacher"]), "who": best["family"], "note": note})
+    return tiles
+
+
+def _table(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
+    """One metric: a line a family, a column a step count; the best of each column is marked, the reference itself is out of the contest."""
+    values = {(row["family"], row["steps"]): row["scores"][metric] for row in summary["rows"] if metric in row["scores"]}
+    reference = (summary["rows"][0]["family"], summary["rows"][0]["steps"]) if metric == "fid_teacher" else None
+    steps = sorted({row["steps"] for row in summary["rows"]}, reverse=True)
+    best = {
+        count: min(rivals)
+        for count in steps
+        if len(rivals := [value for key, value in values.items() if key[1] == count and key != reference]) > 1
+    }
+    lines = []
+    for family in families:
+        cells = []
+        for count in steps:
+            value = values.get((family, count))
+            is_reference = (family, count) == reference
+            cells.append(
+                {
+                    "text": "ref" if is_reference else "" if value is None else figure(value),
+                    "best": value is not None and not is_reference and value == best.get(count),
+                    "reference": is_reference,
+                }
+            )
+        lines.append({"family": family, "swatch": swatch(slots[family]), "cells": cells})
+    return {"title": title, "steps": steps, "lines": lines}
+
+
+def _quality(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
+    series = []
+    for family in families:
+        points = tuple(
+            (float(row["steps"]), row["scores"][metric])
+            for row in summary["rows"]
+            if row["family"] == family and row["scores"].get(metric, 0) > 0
+        )
+        series.append(Series(family, points, slots[family]))
+    chart = line_chart(
+        series, title=title, x_label="sampling steps", y_label="FID, lower is better", log_x=True, log_y=True, falling_x=True
+    )
+    return {"title": title, "svg": chart}
+
+
+def _curve(name: str, curves: Sequence[Curve]) -> Markup:
+    positive = all(value > 0 for curve in curves for _, value in curve.points)
+    series = [Series(curve.name, curve.points, 1 + number % (_COLOURS - 1), markers=False) for number, curve in enumerate(curves)]
+    return line_chart(
+        series, title=f"{name}: loss", x_label="optimiser step", y_label=", ".join(curve.name for curve in curves), log_y=positive
+    )
+
+
+def _funnel(stations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    most = max((station["count"] for station in stations), default=0) or 1
+    return [
+        {**station, "percent": f"{100 * station['count'] / most:.1f}", "lost_total": sum(station["lost"].values())} for station in stations
+    ]
+
+
+def _grid(grid: GridPictures) -> dict[str, Any]:
+    columns = [
+        {"family": row.family, "steps": group.steps, "first": number == 0, "images": [data_uri(picture) for picture in pictures]}
+        for group, group_pictures in zip(grid.groups, grid.pictures, strict=True)
+        for number, (row, pictures) in enumerate(zip(group.rows, group_pictures, strict=True))
+    ]
+    return {"prompts": grid.prompts, "groups": [(group.steps, len(group.rows)) for group in grid.groups], "columns": columns}
+
+
+def data_uri(pixels: Pixels) -> str:
+    """A picture as a data URI: small ones exact, as PNG; large ones as 256 px WebP, so that a report stays below a few megabytes."""
+    buffer = io.BytesIO()
+    if max(pixels.shape[:2]) <= _EXACT_PX:
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        thumbnail(pixels).save(buffer, "WEBP", quality=86, method=6)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

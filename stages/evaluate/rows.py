@@ -1,0 +1,78 @@
+"""The rows of the table: every model with every step count it is sampled with, and how it is sampled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from schemas.evaluation import EvaluateConfig
+from schemas.lightning import trailing_timesteps
+from schemas.manifest import Manifest, StudentLoRA, StudentUNet, Teacher
+
+StudentManifest = Manifest[StudentUNet | StudentLoRA]
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one step count."""
+
+    model: str
+    """Name of the node in the plan, `teacher` for the teacher."""
+    family: str
+    """What the table and the plots group by: rows of one family differ in their step count only."""
+    steps: int
+    timesteps: tuple[int, ...]
+    """The grid, descending."""
+    sampler: str
+    prediction_type: str
+    guidance_scale: float
+    """Imagen convention, uncond + s (cond - uncond); 1 means none."""
+
+    @property
+    def name(self) -> str:
+        """`<model>@<steps>`, the key of the scores."""
+        return f"{self.model}@{self.steps}"
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's name."""
+        return f"{self.model}-at-{self.steps}"
+
+
+def rows_of(config: EvaluateConfig, teacher: Teacher, students: Mapping[str, StudentManifest]) -> tuple[Row, ...]:
+    """Rows in order: the teacher by the recipe's step counts (the first is the reference), then students by family, most steps first."""
+    rows = [
+        Row(TEACHER, TEACHER, steps, trailing_timesteps(steps), "trailing", teacher.prediction_type, config.teacher_guidance_scale)
+        for steps in dict.fromkeys(config.teacher_steps)
+    ]
+    families = families_of(students)
+    sampled = [
+        Row(
+            node,
+            families[node],
+            steps,
+            manifest.content.timesteps[steps],
+            manifest.content.sampler,
+            manifest.content.prediction_type,
+            manifest.content.guidance_scale,
+        )
+        for node, manifest in students.items()
+        for steps in manifest.content.steps
+    ]
+    return (*rows, *sorted(sampled, key=lambda row: (row.family, -row.steps, row.model)))
+
+
+def families_of(students: Mapping[str, StudentManifest]) -> dict[str, str]:
+    """By node name the family: method, with `LoRA` where it is one; the node's own name where two would share a step count."""
+    families = {node: _family(manifest) for node, manifest in students.items()}
+    taken: dict[tuple[str, int], list[str]] = {}
+    for node, manifest in students.items():
+        for steps in manifest.content.steps:
+            taken.setdefault((families[node], steps), []).append(node)
+    doubled = {node for nodes in taken.values() if len(nodes) > 1 for node in nodes}
+    return {node: node if node in doubled else family for node, family in families.items()}
+
+
+def _family(manifest: StudentManifest) -> str:
+    method = manifest.content.method
+    return f"{method}-lora" if isinstance(manifest.content, StudentLoRA) and "lora" not in method.lower() else method

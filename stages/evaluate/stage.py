@@ -1,0 +1,185 @@
+"""The stage `evaluate`: samples of teacher and students on the same prompts and noise, their FIDs, a grid and a report."""
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from infra.outside import local_copy
+from schemas.base import Model
+from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig
+from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
+from stages.diffusion.denoiser import Denoiser
+from stages.diffusion.pipeline import TeacherPipeline
+from stages.evaluate.curves import Curve, read_curves
+from stages.evaluate.features import Extractor, extractor_spec, features_of
+from stages.evaluate.fid import FeatureStatistics, frechet_distance
+from stages.evaluate.grid import draw_grid, grid_groups
+from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
+from stages.evaluate.report import GridPictures, render_report
+from stages.evaluate.rows import TEACHER, Row, rows_of
+from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
+from stages.evaluate.summary import Measured, Scores, Sources, summarise
+from stages.students import load_student
+from stages.workspace import Workspace
+
+_DECIMALS: Final = 6
+"""Digits of a score after the point: features are float32, so what follows is rounding."""
+
+
+class Inputs(Model):
+    """What is evaluated, and against what."""
+
+    teacher: Manifest[Teacher]
+    latents: Manifest[Latents]
+    """Its captions are the prompts where the recipe names no file."""
+    images: Manifest[Selection]
+    """The real images."""
+    students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+
+
+def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
+    """Sample, measure and report.
+
+    Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few real images and a student whose timesteps its
+    sampler does not have, all before anything is sampled.
+    """
+    spec = extractor_spec(config.extractor)
+    seed = workspace.seed if config.seed is None else config.seed
+    prompts = _prompts(config, inputs, workspace, seed)
+    if inputs.images.content.images < 2:
+        raise BadInput(f"evaluate: FID needs real images, and the selection has {inputs.images.content.images}; expected at least 2")
+    pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
+    rows = rows_of(config, inputs.teacher.content, inputs.students)
+    for row in rows:
+        scheduler_of(row, pipeline.scheduler_config)
+
+    tick = _ticker(workspace, len(rows) * len(prompts.images))
+    sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
+    extractor = functools.cache(lambda: spec.build(workspace.device))
+    with workspace.folder("evaluation") as folder:
+        samples = {row.name: folder / "samples" / row.slug for row in rows}
+        statistics: dict[str, FeatureStatistics] = {}
+        for row in rows:
+            sample_row(row, functools.partial(_denoiser, row, pipeline, inputs, workspace), sampler, workspace, samples[row.name])
+            pictures = functools.partial(read_pictures, samples[row.name])
+            statistics[row.name] = FeatureStatistics.of(_features(f"features-{row.slug}", pictures, extractor, workspace))
+            _free(workspace.device)
+        reference = FeatureStatistics.of(
+            _features("features-real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), extractor, workspace)
+        )
+
+        measured = Measured(
+            identity=workspace.identity,
+            config=config,
+            seed=seed,
+            rows=rows,
+            scores=_scores(rows, statistics, reference),
+            prompts=prompts,
+            extractor=spec,
+            real_images=reference.images,
+        )
+        _write_report(folder, measured, inputs, samples, workspace)
+        scores = {name: dict(values) for name, values in measured.scores.items()}
+        return workspace.publish(folder, Evaluation(scores=scores, prompts=prompts.distinct))
+
+
+def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed: int) -> PromptSet:
+    if "prompts" in workspace.outside:
+        listed = read_prompts(local_copy(workspace.outside["prompts"], workspace.scratch))
+        return assign(listed, config.prompt_count, config.images_per_prompt, "file")
+    index = workspace.fetch(inputs.latents, ["index.parquet"]) / "index.parquet"
+    captions = pq.read_table(index, columns=["caption"])["caption"].to_pylist()
+    return assign(seeded_order(captions, seed), config.prompt_count, config.images_per_prompt, "captions")
+
+
+def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Workspace) -> Denoiser:
+    if row.model == TEACHER:
+        return pipeline.denoiser()
+    manifest = inputs.students[row.model]
+    return load_student(pipeline, manifest, workspace.fetch(manifest))
+
+
+def _features(
+    name: str, pictures: Callable[[], Iterable[Pixels]], extractor: Callable[[], Extractor], workspace: Workspace
+) -> NDArray[np.float32]:
+    """Features (N, D), kept as a part: a killed run does not look at the pictures again."""
+    kept = {part.name: part for part in workspace.parts()}
+    with workspace.folder(name) as folder:
+        path = folder / "features.safetensors"
+        if name in kept:
+            workspace.load_part(kept[name], folder)
+        else:
+            save_file({"features": features_of(pictures(), extractor(), workspace.device)}, path)
+            workspace.save_part(name, folder)
+        found: NDArray[np.float32] = load_file(path)["features"]
+        return found
+
+
+def _scores(rows: Sequence[Row], statistics: dict[str, FeatureStatistics], real: FeatureStatistics) -> Scores:
+    reference = statistics[rows[0].name]
+    scores = {}
+    for row in rows:
+        own = statistics[row.name]
+        to_teacher = 0.0 if own is reference else frechet_distance(own, reference)
+        scores[row.name] = {"fid_teacher": round(to_teacher, _DECIMALS), "fid_real": round(frechet_distance(own, real), _DECIMALS)}
+    return scores
+
+
+def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dict[str, Path], workspace: Workspace) -> None:
+    config, rows = measured.config, measured.rows
+    shown = [index for number in range(config.grid_prompts) if (index := number * config.images_per_prompt) < len(measured.prompts.images)]
+    groups = grid_groups(rows)
+    pictures = [[first_pictures(samples[row.name], shown) for row in group.rows] for group in groups]
+    grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)
+    draw_grid(grid.prompts, groups, pictures).save(folder / "grid.png", optimize=True)
+
+    summary = summarise(measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.students, _downloads(inputs, workspace)))
+    (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render_report(summary, grid, _curves(inputs, workspace)), encoding="utf-8")
+    table = [
+        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | dict(measured.scores[row.name]) for row in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
+
+
+def _downloads(inputs: Inputs, workspace: Workspace) -> Manifest[ImageShards] | None:
+    """The manifest of the downloads behind the selection, for the funnel."""
+    identity = inputs.images.lineage.inputs.get("images")
+    found = None if identity is None else workspace.store.find(identity)
+    return None if found is None or found.kind != "image_shards" else Manifest[ImageShards].model_validate(found.model_dump())
+
+
+def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, tuple[Curve, ...]]:
+    """Training curves by student, of those that have a metrics table."""
+    name = "metrics.parquet"
+    return {
+        node: read_curves(workspace.fetch(manifest, [name]) / name)
+        for node, manifest in inputs.students.items()
+        if any(entry.path == name for entry in manifest.files)
+    }
+
+
+def _ticker(workspace: Workspace, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(images: int) -> None:
+        nonlocal done
+        done += images
+        workspace.progress.update(done, total, "images")
+
+    return tick
+
+
+def _free(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

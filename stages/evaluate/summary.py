@@ -1,0 +1,197 @@
+"""What the report says, as plain data: `report.json`, from which the page and the model card are made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from schemas.evaluation import EvaluateConfig
+from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
+from stages.evaluate.features import ExtractorSpec
+from stages.evaluate.prompts import PromptSet
+from stages.evaluate.rows import TEACHER, Row, StudentManifest
+from stages.registry import stage
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Row name -> metric -> value."""
+
+METRICS: Final = {
+    "fid_teacher": "FID against the teacher's own samples",
+    "fid_real": "FID against real images",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that one evaluation found out."""
+
+    identity: str
+    config: EvaluateConfig
+    seed: int
+    rows: tuple[Row, ...]
+    scores: Scores
+    prompts: PromptSet
+    extractor: ExtractorSpec
+    real_images: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Manifests of what was evaluated, and of what that was made from."""
+
+    teacher: Manifest[Teacher]
+    latents: Manifest[Latents]
+    images: Manifest[Selection]
+    students: Mapping[str, StudentManifest]
+    shards: Manifest[ImageShards] | None
+    """The downloads, where they are still on the store."""
+
+
+def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
+    """Return the content of `report.json`: no dates, hosts or places, so equal inputs give equal bytes."""
+    teacher = sources.teacher.content
+    return {
+        "schema_version": 1,
+        "artifact": measured.identity,
+        "verdict": verdict(measured.rows, measured.scores),
+        "teacher": {
+            "architecture": teacher.architecture,
+            "prediction_type": teacher.prediction_type,
+            "resolution": teacher.resolution,
+            "unet_parameters": teacher.parameters.get("unet"),
+            "weights_digest": teacher.weights_digest,
+        },
+        "samples": {
+            "images": len(measured.prompts.images),
+            "distinct_prompts": measured.prompts.distinct,
+            "prompts_from": measured.prompts.source,
+            "prompts_sha256": measured.prompts.digest,
+            "examples": list(dict.fromkeys(measured.prompts.images))[: measured.config.grid_prompts],
+            "seed": measured.seed,
+            "teacher_guidance_scale": measured.config.teacher_guidance_scale,
+        },
+        "extractor": {"name": measured.config.extractor, "title": measured.extractor.title, "dimensions": measured.extractor.dimensions},
+        "real_images": measured.real_images,
+        "metrics": dict(METRICS),
+        "rows": [_row(row, measured.scores[row.name]) for row in measured.rows],
+        "warnings": warnings(measured),
+        "funnel": funnel(sources),
+        "lineage": lineage(measured.identity, sources),
+        "config": measured.config.identity_fields(),
+    }
+
+
+def _row(row: Row, scores: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "model": row.model,
+        "family": row.family,
+        "steps": row.steps,
+        "timesteps": list(row.timesteps),
+        "sampler": row.sampler,
+        "prediction_type": row.prediction_type,
+        "guidance_scale": row.guidance_scale,
+        "scores": dict(scores),
+    }
+
+
+def warnings(measured: Measured) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found = []
+    images, dimensions = len(measured.prompts.images), measured.extractor.dimensions
+    if images < dimensions or measured.real_images < dimensions:
+        fewest = min(images, measured.real_images)
+        found.append(
+            f"FID of {fewest} images with {dimensions} features is far from its limit for many images: the covariance cannot be estimated. "
+            "Use these figures to rank rows of this table, which share prompts and noise, and never against figures from elsewhere."
+        )
+    if measured.prompts.distinct * measured.config.images_per_prompt < images:
+        found.append(
+            f"Only {measured.prompts.distinct} distinct prompts exist for the {images} images of a row: "
+            "they are repeated, each time with another starting noise."
+        )
+    if measured.config.extractor != "inception":
+        found.append(f"Features are those of {measured.extractor.title}, not of Inception: the scale differs from published FIDs.")
+    return found
+
+
+def verdict(rows: Sequence[Row], scores: Scores) -> str:
+    """One paragraph in figures: the students beside the teacher at the same step count."""
+    reference = rows[0]
+    teacher = {row.steps: scores[row.name] for row in rows if row.model == TEACHER}
+    students = [row for row in rows if row.model != TEACHER]
+    if not students:
+        real = ", ".join(f"{figure(values['fid_real'])} in {plural(steps, 'step')}" for steps, values in teacher.items())
+        return f"The teacher alone, measured against real images: FID {real}."
+    sentences: list[str] = []
+    for steps in headline_steps(students):
+        best = min((row for row in students if row.steps == steps), key=lambda row: (scores[row.name]["fid_teacher"], row.name))
+        value = scores[best.name]["fid_teacher"]
+        where = f"to the teacher's own {plural(reference.steps, 'step')}" if not sentences else "to them"
+        sentence = f"In {plural(steps, 'step')} the student {best.family} comes within FID {figure(value)} {where}"
+        if steps in teacher and steps != reference.steps:
+            alone = teacher[steps]["fid_teacher"]
+            change = f"{abs(1 - value / alone):.0%} {'lower' if value < alone else 'higher'}" if alone else "from zero"
+            sentence += f"; the teacher itself in {plural(steps, 'step')} is at {figure(alone)} ({change} for the student)"
+        sentences.append(sentence + ".")
+    best = min(students, key=lambda row: (scores[row.name]["fid_real"], row.name))
+    sentences.append(
+        f"Against real images the best student is {best.family} in {plural(best.steps, 'step')}, FID {figure(scores[best.name]['fid_real'])}; "
+        f"the teacher's {plural(reference.steps, 'step')} score {figure(scores[reference.name]['fid_real'])}."
+    )
+    return " ".join(sentences)
+
+
+def headline_steps(students: Sequence[Row]) -> list[int]:
+    """The step counts a reader asks for first: 4 and 1, or the fewest there are."""
+    counts = sorted({row.steps for row in students})
+    return [steps for steps in (4, 1) if steps in counts] or counts[:1]
+
+
+def funnel(sources: Sources) -> list[dict[str, Any]]:
+    """From rows of the URL table to training samples: each station's count, and what was lost before it, by reason."""
+    selection = sources.images.content
+    stations: list[dict[str, Any]] = []
+    if sources.shards is not None:
+        shards = sources.shards.content
+        wanted = shards.rows_in_table - sum(shards.rows_dropped.values())
+        stations += [
+            {"label": "rows of the table", "count": shards.rows_in_table, "lost": {}},
+            {"label": "worth downloading", "count": wanted, "lost": dict(sorted(shards.rows_dropped.items()))},
+        ]
+        stations.append({"label": "images downloaded", "count": shards.images, "lost": dict(sorted(shards.failures.items()))})
+    else:
+        stations.append({"label": "images downloaded", "count": selection.images_in, "lost": {}})
+    stations.append({"label": "images selected", "count": selection.images, "lost": dict(sorted(selection.dropped.items()))})
+    stations.append({"label": "samples encoded", "count": sources.latents.content.samples, "lost": {}})
+    return stations
+
+
+def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
+    """The artifacts behind the report, in the order in which they were made."""
+    chain: list[Manifest[Any]] = [sources.images, sources.teacher, sources.latents, *sources.students.values()]
+    if sources.shards is not None:
+        chain.insert(0, sources.shards)
+    rows = [
+        {
+            "node": manifest.lineage.node,
+            "kind": manifest.kind,
+            "identity": manifest.identity,
+            "stage": manifest.lineage.stage,
+            "revision": manifest.lineage.revision,
+        }
+        for manifest in chain
+    ]
+    return [
+        *rows,
+        {"node": "evaluate", "kind": "evaluation", "identity": identity, "stage": "evaluate", "revision": stage("evaluate").revision},
+    ]
+
+
+def figure(value: float) -> str:
+    """A score as people read it: three significant digits, two decimals at most."""
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 step`, `4 steps`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,123 @@
+"""The model card: metadata that the hub reads, figures, lineage, and the calls that load each variant."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from schemas.evaluation import PublishConfig
+from schemas.manifest import Manifest
+from stages.evaluate.summary import METRICS, figure, plural
+from stages.publish.variants import TEACHER, Description, Variant
+
+
+def render_card(config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]) -> str:
+    """Return `README.md`. `summary` is the evaluation's `report.json`; `students` are by node name."""
+    prompt = summary["samples"]["examples"][0]
+    environment = Environment(
+        loader=PackageLoader("stages.publish", "."),
+        autoescape=False,  # Markdown
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md.j2").render(
+        metadata=yaml.safe_dump(_metadata(config, description), sort_keys=False, allow_unicode=True).strip(),
+        description=description,
+        summary=summary,
+        tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
+        snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
+        teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
+        training={node: manifest.content.training_steps for node, manifest in students.items()},
+        plural=plural,
+    )
+
+
+def _metadata(config: PublishConfig, description: Description) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"license": config.licence, "library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if config.base_model is not None:
+        metadata["base_model"] = config.base_model
+    tags = ["text-to-image", "diffusion-distillation", "few-step"]
+    if any(variant.kind == "lora" for variant in description.variants.values()):
+        tags.append("lora")
+    return metadata | {"tags": tags + sorted({variant.method for variant in description.variants.values()})}
+
+
+def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
+    """One metric as a Markdown table: a line a family, a column a step count."""
+    values = {(row["family"], row["steps"]): row["scores"].get(metric) for row in summary["rows"]}
+    families = list(dict.fromkeys(family for family, _ in values))
+    steps = sorted({count for _, count in values}, reverse=True)
+    first = summary["rows"][0]
+    reference = (first["family"], first["steps"]) if metric == "fid_teacher" else None
+
+    def cell(key: tuple[str, int]) -> str:
+        value = values.get(key)
+        return "reference" if key == reference else "" if value is None else figure(value)
+
+    lines = [f"| {title} | " + " | ".join(plural(count, "step") for count in steps) + " |", "|---" + "|---:" * len(steps) + "|"]
+    lines += [f"| {family} | " + " | ".join(cell((family, count)) for count in steps) + " |" for family in families]
+    return "\n".join(lines)
+
+
+def snippet(description: Description, name: str, variant: Variant, prompt: str) -> str:
+    """Python that loads one variant with plain diffusers calls and draws a picture with it."""
+    builders = {"unet": _load_unet, "lora": _load_lora}
+    network = "UNet2DConditionModel" if variant.kind == "unet" else ""
+    imports = ", ".join(sorted(filter(None, [variant.scheduler, description.pipeline, network])))
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {imports}",
+            "",
+            f'model = "{description.name}"  # this folder, or its id on the hub',
+            *builders[variant.kind](description, name),
+            f'pipeline.scheduler = {variant.scheduler}.from_pretrained(model, subfolder="{name}/scheduler")',
+            *_draw(prompt, variant.steps[0], variant.guidance_scale),
+        ]
+    )
+
+
+def teacher_snippet(description: Description, prompt: str) -> str:
+    """Python that draws with the teacher, sampled as it was measured."""
+    teacher = description.teacher
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {', '.join(sorted([teacher.scheduler, description.pipeline]))}",
+            "",
+            f'model = "{description.name}"  # this folder, or its id on the hub',
+            f"pipeline = {description.pipeline}.from_pretrained(model, torch_dtype=torch.float32)",
+            f'pipeline.scheduler = {teacher.scheduler}.from_pretrained(model, subfolder="{TEACHER}/scheduler")',
+            *_draw(prompt, teacher.steps, teacher.guidance_scale),
+        ]
+    )
+
+
+def _load_unet(description: Description, name: str) -> list[str]:
+    return [
+        f'unet = UNet2DConditionModel.from_pretrained(model, subfolder="{name}/unet", torch_dtype=torch.float32)',
+        f"pipeline = {description.pipeline}.from_pretrained({_base(description)}, unet=unet, torch_dtype=torch.float32)",
+    ]
+
+
+def _load_lora(description: Description, name: str) -> list[str]:
+    return [
+        f"pipeline = {description.pipeline}.from_pretrained({_base(description)}, torch_dtype=torch.float32)",
+        f'pipeline.load_lora_weights(model, subfolder="{name}", weight_name="pytorch_lora_weights.safetensors")',
+    ]
+
+
+def _base(description: Description) -> str:
+    return "model" if description.complete else f'"{description.base_model}"'
+
+
+def _draw(prompt: str, steps: int, guidance_scale: float) -> list[str]:
+    return [
+        f"prompt = {json.dumps(prompt, ensure_ascii=False)}",
+        "generator = torch.Generator().manual_seed(0)",
+        f"image = pipeline(prompt, num_inference_steps={steps}, guidance_scale={guidance_scale:g}, generator=generator).images[0]",
+    ]

@@ -1,0 +1,51 @@
+"""A copy of a published model outside the store: there whole, or not at all."""
+
+import json
+import shutil
+from pathlib import Path
+
+from schemas.errors import BadInput
+from stages.publish.variants import DESCRIPTION
+
+
+def check_destination(destination: str) -> Path:
+    """Return the folder to export to. Raises `BadInput` when something lies there that is not a published model, or it is not a local path."""
+    if "://" in destination and not destination.startswith("file://"):
+        raise BadInput(f"publish.destination {destination}: expected a local folder; on object storage the artifact itself is what to read")
+    path = Path(destination.removeprefix("file://")).expanduser().absolute()
+    if path.is_dir() and not any(path.iterdir()):
+        return path
+    if path.exists() and not _is_ours(path):
+        raise BadInput(
+            f"publish.destination {destination}: something else is there; expected a new folder, or one with a {DESCRIPTION} to replace"
+        )
+    return path
+
+
+def export_folder(source: Path, destination: str) -> Path:
+    """Copy the published model in `source` to `destination`, replacing an earlier one.
+
+    The copy is made beside the destination and takes its name at the end. Raises `BadInput` as `check_destination` does.
+    """
+    path = check_destination(destination)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for file in sorted(item for item in source.rglob("*") if item.is_file()):
+        target = fresh / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        found = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "variants" in found

@@ -1,0 +1,88 @@
+"""The stage `publish`: teacher and students in the layout that plain diffusers calls load, with a model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from schemas.base import Model
+from schemas.evaluation import PublishConfig
+from schemas.manifest import Evaluation, Manifest, PublishedModel, StudentLoRA, StudentUNet, Teacher
+from stages.diffusion.facts import read_config
+from stages.evaluate.schedulers import checked_scheduler
+from stages.publish.card import render_card
+from stages.publish.export import check_destination, export_folder
+from stages.publish.variants import DESCRIPTION, TEACHER, Description, TeacherSampling, variant_names, variant_of
+from stages.workspace import Workspace
+
+_PICTURES = ("grid.png", "report.html")
+"""Files of the evaluation that the card shows or links to."""
+
+_LEFT_BEHIND = ("README.md", ".gitattributes", "metrics.parquet")
+
+
+class Inputs(Model):
+    """What is handed out."""
+
+    teacher: Manifest[Teacher]
+    students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+    evaluation: Manifest[Evaluation]
+
+
+def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest[PublishedModel]:
+    """Lay out the model, write its card, and export it where `config.destination` says.
+
+    Raises `BadInput` for a destination where something else lies, before any copying, and for a student whose timesteps its sampler does not have.
+    """
+    if config.destination is not None:
+        check_destination(config.destination)
+    teacher = workspace.fetch(inputs.teacher)
+    scheduler_config = read_config(teacher, "scheduler", "scheduler_config.json")
+    evaluation = workspace.fetch(inputs.evaluation, ["report.json", *_PICTURES])
+    summary = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
+    with workspace.folder("published") as folder:
+        reference = summary["rows"][0]
+        of_teacher = checked_scheduler(
+            TEACHER, reference["sampler"], scheduler_config, reference["prediction_type"], [reference["timesteps"]]
+        )
+        if config.include_pipeline:
+            _copy(inputs.teacher, teacher, folder)
+            of_teacher.save_pretrained(folder / TEACHER / "scheduler")
+        variants = {}
+        names = variant_names(inputs.students)
+        for node, manifest in inputs.students.items():
+            content = manifest.content
+            grids = [content.timesteps[steps] for steps in content.steps]
+            scheduler = checked_scheduler(node, content.sampler, scheduler_config, content.prediction_type, grids)
+            _copy(manifest, workspace.fetch(manifest), folder / names[node])
+            scheduler.save_pretrained(folder / names[node] / "scheduler")
+            variants[names[node]] = variant_of(manifest, scheduler)
+        description = Description(
+            name=config.name,
+            pipeline=inputs.teacher.content.architecture,
+            resolution=inputs.teacher.content.resolution,
+            complete=config.include_pipeline,
+            base_model=config.base_model,
+            teacher=TeacherSampling(
+                scheduler=type(of_teacher).__name__, steps=reference["steps"], guidance_scale=reference["guidance_scale"]
+            ),
+            variants=variants,
+        )
+        (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(render_card(config, description, summary, inputs.students), encoding="utf-8")
+        for name in _PICTURES:
+            shutil.copyfile(evaluation / name, folder / name)
+        published = PublishedModel(variants={name: variant.model_dump(mode="json") for name, variant in variants.items()})
+        made = workspace.publish(folder, published)
+        if config.destination is not None:
+            export_folder(folder, config.destination)
+        return made
+
+
+def _copy(manifest: Manifest[Any], source: Path, destination: Path) -> None:
+    """Copy an artifact's files, except those that are not part of a model."""
+    for entry in manifest.files:
+        if entry.path not in _LEFT_BEHIND:
+            target = destination / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / entry.path, target)

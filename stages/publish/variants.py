@@ -1,0 +1,105 @@
+"""The variants of a published model: each student under a name, with all that a sampler must know of it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from schemas.base import Field, Model
+from schemas.errors import BadInput
+from schemas.manifest import Manifest, StudentLoRA, StudentUNet
+
+DESCRIPTION = "distillery.json"
+"""File at the root of a published model that names its variants."""
+
+StudentManifest = Manifest[StudentUNet | StudentLoRA]
+
+
+class Variant(Model):
+    """One student, in the subfolder of its name."""
+
+    kind: Literal["unet", "lora"]
+    steps: tuple[int, ...]
+    """Step counts it is meant for, largest first."""
+    timesteps: dict[int, tuple[int, ...]]
+    """The grid of each step count, descending."""
+    sampler: Literal["trailing", "lcm"]
+    scheduler: str
+    """Scheduler class of diffusers whose configuration lies in `scheduler/`."""
+    prediction_type: str
+    guidance_scale: float
+    """As diffusers' pipelines take it (Imagen convention); 1 means none."""
+    method: str
+    node: str
+    """Step of the plan that made it."""
+    identity: str
+    """Artifact it was made from."""
+
+
+TEACHER = "teacher"
+"""Folder with the scheduler that the teacher was measured with, and the name to sample it by."""
+
+
+class TeacherSampling(Model):
+    """How the pipeline at the root was sampled when it was measured."""
+
+    scheduler: str
+    """Scheduler class of diffusers whose configuration lies in `teacher/scheduler/`."""
+    steps: int
+    guidance_scale: float
+
+
+class Description(Model):
+    """Content of `distillery.json`."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    pipeline: str
+    """Pipeline class of diffusers."""
+    resolution: int
+    """Pixels on a side."""
+    complete: bool
+    """Whether the teacher's pipeline lies at the root; otherwise the variants need `base_model`."""
+    base_model: str | None = None
+    teacher: TeacherSampling
+    variants: dict[str, Variant] = Field(default_factory=dict)
+
+    def choose(self, steps: int, name: str | None = None) -> tuple[str, Variant]:
+        """Return the variant of that name, or the only one for that step count. Raises `BadInput` with those there are."""
+        offered = "; ".join(f"{known} ({'/'.join(map(str, variant.steps))} steps)" for known, variant in self.variants.items()) or "none"
+        if name is not None and name not in self.variants:
+            raise BadInput(f"variant {name!r}: not in {self.name}; expected one of {offered}")
+        matches = {known: variant for known, variant in self.variants.items() if steps in variant.steps and (name is None or name == known)}
+        if not matches:
+            raise BadInput(f"steps {steps}: {name or self.name} has no variant for it; expected one of {offered}")
+        if len(matches) > 1:
+            raise BadInput(f"steps {steps}: {self.name} has several variants for it, name one: expected variant {' or '.join(matches)}")
+        return next(iter(matches.items()))
+
+
+def variant_names(students: Mapping[str, StudentManifest]) -> dict[str, str]:
+    """By node name the variant's: `lightning-4step`, `lightning-4step-lora`, `lcm-lora`; followed by the node's where two would be one."""
+    names = {node: _name(manifest) for node, manifest in students.items()}
+    taken = list(names.values())
+    return {node: f"{name}-{node}" if taken.count(name) > 1 else name for node, name in names.items()}
+
+
+def _name(manifest: StudentManifest) -> str:
+    content = manifest.content
+    steps = f"-{content.steps[0]}step" if len(content.steps) == 1 else ""
+    return manifest.lineage.stage + steps + ("-lora" if isinstance(content, StudentLoRA) else "")
+
+
+def variant_of(manifest: StudentManifest, scheduler: Any) -> Variant:
+    """Describe a student and the scheduler it is published with."""
+    content = manifest.content
+    return Variant(
+        kind="lora" if isinstance(content, StudentLoRA) else "unet",
+        steps=content.steps,
+        timesteps=content.timesteps,
+        sampler=content.sampler,
+        scheduler=type(scheduler).__name__,
+        prediction_type=content.prediction_type,
+        guidance_scale=content.guidance_scale,
+        method=content.method,
+        node=manifest.lineage.node,
+        identity=manifest.identity,
+    )

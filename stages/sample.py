@@ -1,0 +1,99 @@
+"""One picture from a published model, by plain diffusers calls: the function behind `distill sample`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from infra.store import ArtifactStore
+from infra.torchvision_ops import define_missing_ops
+from schemas.errors import BadInput
+
+define_missing_ops()
+
+import diffusers  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
+
+from stages.publish.variants import DESCRIPTION, TEACHER, Description  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def open_published(reference: str, store: ArtifactStore | None = None) -> Path:
+    """Return the folder of a published model: a folder itself, or an artifact on the store by identity, short identity or address.
+
+    Raises `BadInput` when it is neither, or an artifact of another kind.
+    """
+    folder = Path(reference.removeprefix("file://")).expanduser()
+    if folder.is_dir() and (store is None or (folder / DESCRIPTION).exists()):
+        return folder
+    if store is None:
+        raise BadInput(f"{reference}: no such folder; expected a published model, or an artifact reference and a store")
+    manifest = store.resolve(reference)
+    if manifest.kind != "published_model":
+        raise BadInput(f"{reference}: is a {manifest.kind}, expected a published_model")
+    return store.fetch(manifest)
+
+
+def read_description(folder: Path) -> Description:
+    """Read `distillery.json` of a published model. Raises `BadInput` when there is none of this version."""
+    path = folder / DESCRIPTION
+    try:
+        return Description.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); expected a folder made by the stage publish") from error
+    except ValidationError as error:
+        raise BadInput(f"{path}: not a description of this version ({error.error_count()} mistakes)") from error
+
+
+def sample(
+    published: Path,
+    prompt: str,
+    *,
+    steps: int,
+    seed: int = 0,
+    variant: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Image.Image:
+    """Draw `prompt` in `steps` steps with the variant made for that many: the picture that the model card's own code gives for the seed.
+
+    `variant` chooses among several, `teacher` the pipeline at the root, which takes any step count and is taken where there is no variant at all.
+    Raises `BadInput` with the variants there are when none fits.
+    """
+    description = read_description(published)
+    networks: dict[str, Any] = {}
+    if variant == TEACHER or (variant is None and not description.variants):
+        if not description.complete:
+            raise BadInput(
+                f"{description.name}: the teacher's pipeline is not in it; expected a variant: {', '.join(description.variants)}"
+            )
+        name, scheduler, guidance_scale = TEACHER, description.teacher.scheduler, description.teacher.guidance_scale
+        pipeline = _pipeline(description, published, dtype)
+    else:
+        name, chosen = description.choose(steps, variant)
+        scheduler, guidance_scale = chosen.scheduler, chosen.guidance_scale
+        if chosen.kind == "unet":
+            unet_class: Any = diffusers.UNet2DConditionModel
+            networks["unet"] = unet_class.from_pretrained(published, subfolder=f"{name}/unet", torch_dtype=dtype)
+        pipeline = _pipeline(description, published, dtype, **networks)
+        if chosen.kind == "lora":
+            pipeline.load_lora_weights(str(published), subfolder=name, weight_name=LORA_FILE)
+    logger.info("%s: %s, %d steps", description.name, name, steps)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    drawn: Image.Image = pipeline.to(device)(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images[
+        0
+    ]
+    return drawn
+
+
+def _pipeline(description: Description, published: Path, dtype: torch.dtype, **networks: Any) -> Any:
+    """The teacher's pipeline: at the root, or that of the base model."""
+    base = published if description.complete else description.base_model
+    return getattr(diffusers, description.pipeline).from_pretrained(base, torch_dtype=dtype, **networks)

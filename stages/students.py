@@ -1,0 +1,87 @@
+"""Students as files: a UNet or a LoRA in diffusers' layout. Whatever reads or writes a student goes through here."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from schemas.errors import BadInput
+from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
+from stages.diffusion.denoiser import UNetDenoiser
+from stages.diffusion.lora import load_lora, merge_lora, save_lora
+from stages.diffusion.pipeline import TeacherPipeline
+from stages.diffusion.prediction import PREDICTION_TYPES
+from stages.training import Row, write_metrics
+
+UNET_FOLDER = "unet"
+METRICS_FILE = "metrics.parquet"
+
+
+def load_student(
+    pipeline: TeacherPipeline, manifest: Manifest[StudentUNet | StudentLoRA], folder: Path, *, merged: bool = False
+) -> UNetDenoiser:
+    """Load a student from its artifact's folder, in evaluation mode, on the teacher's device and in its type.
+
+    A LoRA is put on a copy of the teacher's UNet, which stays as it is; `merged` adds it into the weights, which is faster to run and differs from
+    the adapter in the last bits. Raises `BadInput` when the student belongs to another teacher's architecture.
+    """
+    content = manifest.content
+    if isinstance(content, StudentLoRA):
+        unet = copy.deepcopy(pipeline.unet)
+        load_lora(unet, folder)
+        if merged:
+            merge_lora(unet)
+    else:
+        try:
+            unet = type(pipeline.unet).from_pretrained(
+                folder / UNET_FOLDER, use_safetensors=True, local_files_only=True, dtype=pipeline.dtype
+            )
+        except (OSError, ValueError) as error:
+            raise BadInput(f"student {manifest.identity[:12]}: its UNet cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    unet = unet.to(pipeline.device).eval()
+    return UNetDenoiser(unet, pipeline.schedule, PREDICTION_TYPES[content.prediction_type])
+
+
+def save_unet(unet: Any, folder: Path) -> None:
+    """Write `unet/` in diffusers' layout, one safetensors file. The bytes depend on configuration and weights alone."""
+    target = folder / UNET_FOLDER
+    unet.save_pretrained(target, safe_serialization=True, max_shard_size="1TB")
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where it was once loaded from: a place, not a property
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_student(unet: Any, folder: Path, content: StudentUNet | StudentLoRA, rows: Sequence[Row]) -> None:
+    """Write a student's artifact folder: its UNet or its LoRA, and `metrics.parquet`."""
+    if isinstance(content, StudentLoRA):
+        save_lora(unet, folder)
+    else:
+        save_unet(unet, folder)
+    write_metrics(rows, folder / METRICS_FILE)
+
+
+def trainable(unet: Any) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, by name: all, or the LoRA's where `add_lora` froze the rest."""
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def trained_tensors(unet: Any) -> Mapping[str, Tensor]:
+    """The live tensors that training changes: the trainable parameters, and the buffers."""
+    buffers: dict[str, Tensor] = {} if len(trainable(unet)) < len(list(unet.parameters())) else dict(unet.named_buffers())
+    return {name: parameter.detach() for name, parameter in trainable(unet).items()} | buffers
+
+
+def check_teacher(
+    teacher: Manifest[Teacher], latents: Manifest[Latents], previous: Manifest[StudentUNet | StudentLoRA] | None = None
+) -> None:
+    """Refuse latents or a student of another teacher. Raises `BadInput` naming both."""
+    for what, made_for in (
+        ("latents", latents.content.teacher),
+        ("previous student", previous.content.teacher if previous else teacher.identity),
+    ):
+        if made_for != teacher.identity:
+            raise BadInput(f"{what}: made with the teacher {made_for[:12]}; expected those of {teacher.identity[:12]}")

@@ -1,0 +1,134 @@
+"""The artifacts behind an evaluation, made in a second: a random tiny teacher, random students, a few real pictures."""
+
+import copy
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from infra.store import ArtifactStore
+from schemas.base import digest
+from schemas.lightning import trailing_timesteps
+from schemas.manifest import ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
+from stages.diffusion.facts import inspect
+from stages.diffusion.lora import add_lora, lora_parameters, save_lora
+from stages.shards import Sample, ShardWriter
+from tests.tiny_pipelines import Kind, build
+
+CAPTIONS = ("red apple", "the cat", "a house", "red car", "the flag")
+LCM_GRIDS = {4: (999, 759, 499, 259), 2: (999, 499)}
+
+
+class Chain:
+    """Artifacts of one tiny chain on a store."""
+
+    def __init__(self, store: ArtifactStore, kind: Kind = "sdxl", seed: int = 0) -> None:
+        self.store = store
+        self.pipeline = build(kind, seed)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.pipeline.save_pretrained(folder, safe_serialization=True)
+            facts = inspect(folder)
+            content = Teacher(
+                architecture=facts.architecture,
+                prediction_type=facts.prediction_type,  # type: ignore[arg-type]
+                resolution=facts.resolution,
+                weights_digest=digest(["teacher", kind, seed]),
+                parameters=dict(facts.parameters),
+            )
+            self.teacher: Any = self._publish(folder, "teacher", "teacher", content)
+        self.images: Any = self._selection()
+        self.latents: Any = self._latents()
+
+    def inputs(self, **students: Any) -> dict[str, Any]:
+        """Inputs of `evaluate`; the students by node name, with `_` for `-`."""
+        named = {name.replace("_", "-"): manifest for name, manifest in students.items()}
+        return {"teacher": self.teacher, "latents": self.latents, "images": self.images, "students": named}
+
+    def unet(self, steps: int, *, change: float = 0.05, prediction_type: str | None = None, **more: Any) -> Any:
+        """A student of `steps` steps: the teacher's UNet, every weight moved a little."""
+        unet = copy.deepcopy(self.pipeline.unet)
+        _shake(list(unet.parameters()), change, seed=steps)
+        settings = {"steps": (steps,), "timesteps": {steps: trailing_timesteps(steps)}} | more
+        content = StudentUNet(
+            method="lightning-mse",
+            sampler="trailing",
+            prediction_type=prediction_type or self.teacher.content.prediction_type,
+            guidance_scale=1.0,
+            teacher=self.teacher.identity,
+            training_steps=30,
+            **settings,
+        )
+        with tempfile.TemporaryDirectory() as name:
+            unet.save_pretrained(Path(name) / "unet", safe_serialization=True)
+            _write_metrics(Path(name))
+            return self._publish(Path(name), "lightning", f"lightning-8-{steps}", content)
+
+    def lora(self, rank: int = 2, alpha: float = 3.0) -> Any:
+        """An LCM-LoRA for 4 and 2 steps, its weights random, alpha unlike its rank."""
+        unet = copy.deepcopy(self.pipeline.unet)
+        add_lora(unet, rank, alpha, seed=1)
+        _shake(lora_parameters(unet), 0.1, seed=2)
+        content = StudentLoRA(
+            method="lcm",
+            steps=(4, 2),
+            timesteps=LCM_GRIDS,
+            sampler="lcm",
+            prediction_type=self.teacher.content.prediction_type,
+            guidance_scale=1.0,
+            teacher=self.teacher.identity,
+            training_steps=30,
+            rank=rank,
+            alpha=alpha,
+        )
+        with tempfile.TemporaryDirectory() as name:
+            save_lora(unet, Path(name))
+            _write_metrics(Path(name))
+            return self._publish(Path(name), "lcm", "lcm", content)
+
+    def _selection(self) -> Any:
+        downloads = ImageShards(rows_in_table=9, rows_dropped={"width or height": 1}, images=6, failures={"HTTP 404": 2}, shards=1)
+        with tempfile.TemporaryDirectory() as name:
+            (Path(name) / "rows.parquet").write_bytes(b"")
+            self.shards: Any = self._publish(Path(name), "ingest", "ingest", downloads)
+        random = np.random.default_rng(5)
+        with tempfile.TemporaryDirectory() as name:
+            writer = ShardWriter(Path(name), 4)
+            for number, caption in enumerate(CAPTIONS):
+                pixels = random.integers(0, 256, (20 + 4 * number, 32, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                writer.add(Sample(f"{number:06d}", "png", buffer.getvalue(), caption, {"url": f"u{number}"}))
+            writer.close()
+            content = Selection(images_in=6, images=5, dropped={"sharpness": 1}, shards=2)
+            return self._publish(Path(name), "select", "select", content, {"images": self.shards.identity})
+
+    def _latents(self) -> Any:
+        with tempfile.TemporaryDirectory() as name:
+            pq.write_table(pa.table({"caption": list(CAPTIONS)}), Path(name) / "index.parquet")
+            content = Latents(samples=5, shards=1, latent_shape=(4, 8, 8), text_tokens=12, text_features=40, teacher=self.teacher.identity)
+            return self._publish(Path(name), "encode", "encode", content)
+
+    def _publish(self, folder: Path, stage: str, node: str, content: Any, inputs: dict[str, str] | None = None) -> Any:
+        lineage = Lineage(stage=stage, node=node, revision=1, config={}, inputs=inputs or {})
+        identity = digest([stage, node, content.model_dump(mode="json")])
+        manifest: Manifest[Any] = self.store.publish(folder, identity=identity, content=content, lineage=lineage)
+        return manifest
+
+
+def _shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
+
+
+def _write_metrics(folder: Path) -> None:
+    steps = list(range(1, 31))
+    pq.write_table(pa.table({"step": steps, "loss": [1 / step for step in steps]}), folder / "metrics.parquet")
