@@ -26,17 +26,20 @@ def register(app: typer.Typer) -> None:
 
 def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = "cpu") -> None:
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
+    from flows.environment import server_is_configured
     from flows.preparation import prepare
     from flows.server import EmbeddedServer
 
     parsed = load_recipe(recipe, overrides or ())
     prepared = prepare(parsed, store, device)  # before Prefect: a mistake is told within seconds, without a failed run to look at
-    server = EmbeddedServer().start()
-    from flows.chain import distill_chain
-
-    server.wait()
     opened = prepared.surroundings.store
-    identities = distill_chain(parsed, opened.address, device)
+    identities = prepared.plan.identities
+    if prepared.unfinished or server_is_configured():  # else there is neither work nor anybody to show it to
+        server = EmbeddedServer().start()
+        from flows.chain import distill_chain
+
+        server.wait()
+        identities = distill_chain(parsed, opened.address, device)
     manifests = {name: manifest for name, identity in identities.items() if (manifest := opened.find(identity)) is not None}
     print_chain(manifests, {node.name for node in prepared.unfinished}, opened)
 
