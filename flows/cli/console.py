@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.logging import RichHandler
 
+from flows.environment import server_is_configured
 from schemas.errors import DistillError
 
 output = Console(highlight=False, soft_wrap=True)
@@ -37,6 +38,8 @@ def set_up_logging(verbose: int, *, debug: bool) -> None:
     """Send all logging to stderr, our own from INFO, with `verbose` 1 from DEBUG, with 2 also that of libraries."""
     handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
     handler.setFormatter(_Named() if debug else _Quiet())
+    if not server_is_configured():  # the embedded server has no pages, and ends with the command
+        handler.addFilter(lambda record: not str(record.msg).startswith("View at "))
     logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.WARNING, handlers=[handler], force=True)
     for room in ("flows", "stages", "infra"):
         logging.getLogger(room).setLevel(logging.DEBUG if verbose else logging.INFO)

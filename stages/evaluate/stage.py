@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +49,13 @@ class Inputs(Model):
     images: Manifest[Selection]
     """The real images."""
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+
+
+def preflight(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
+    """Look for the extractor's packages and at a prompts file on this machine, hours before they are needed. Raises `BadInput`."""
+    extractor_spec(config.extractor)
+    if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
+        read_prompts(Path(outside["prompts"].removeprefix("file://")))
 
 
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:

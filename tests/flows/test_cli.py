@@ -204,6 +204,12 @@ def test_a_missing_input_names_the_stage_to_run(chain: ToyChain, capsys: pytest.
     assert "run that stage first" in capsys.readouterr().err
 
 
+def test_a_server_that_does_not_answer_is_told(chain: ToyChain) -> None:
+    code, _, shown = chain.run("run", chain.recipe_file(), server="http://127.0.0.1:9/api")
+    assert code == 2 and "error: Prefect server http://127.0.0.1:9/api: does not answer" in shown and "Traceback" not in shown
+    assert chain.runs() == []
+
+
 def wait_for_step(chain: ToyChain, process: "subprocess.Popen[str]", step: int) -> None:
     file = chain.folder / "encode.step"
     for _ in range(1200):
