@@ -1,10 +1,7 @@
 """The whole chain as one flow."""
 
-from typing import Annotated
-
-from prefect import flow
+from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
-from pydantic import Field
 
 from flows.preparation import Prepared, prepare
 from flows.results import result_storage
@@ -14,20 +11,29 @@ from flows.texts import chain_page
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 
-RecipeParameter = Annotated[Recipe | str, Field(description="A recipe, or the path of a recipe file on the machine that runs the flow.")]
-StoreParameter = Annotated[
-    str | None, Field(description="Address of the artifact store: file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS.")
-]
-DeviceParameter = Annotated[str, Field(description="Where networks run: cpu, cuda, cuda:0 or mps.")]
+RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
+STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS."
+DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps."
 
 
-@flow(name="distill-chain", flow_run_name=recipe_run_name, result_serializer="json")
-def distill_chain(recipe: RecipeParameter, store: StoreParameter = None, device: DeviceParameter = "cpu") -> dict[str, str]:
-    """Run a recipe from its table of URLs to the published student. Finished stages are found, an interrupted one goes on where it was.
+def described(summary: str, **parameters: str) -> str:
+    """Return a docstring in the form that Prefect shows: the summary on the flow's page, a sentence at each field of its form."""
+    return f"{summary}\n\nArgs:\n" + "\n".join(f"    {name}: {sentence}" for name, sentence in parameters.items())
 
-    Returns the identity of every stage run's artifact by the run's name.
-    """
-    return {name: manifest.identity for name, manifest in run_chain(prepare(recipe, store, device, progress=stage_progress)).items()}
+
+def _chain(recipe: Recipe | str, store: str | None = None, device: str = "cpu") -> dict[str, str]:
+    prepared = prepare(recipe, store, device, progress=stage_progress)
+    return {name: manifest.identity for name, manifest in run_chain(prepared).items()}
+
+
+_chain.__doc__ = described(
+    "Run a recipe from its table of URLs to the published student. Finished stages are found, an interrupted one goes on where it was. "
+    "Returns the identity of every stage run's artifact by the run's name.",
+    recipe=RECIPE,
+    store=STORE,
+    device=DEVICE,
+)
+distill_chain: Flow[..., dict[str, str]] = Flow(_chain, name="distill-chain", flow_run_name=recipe_run_name, result_serializer="json")
 
 
 def run_chain(prepared: Prepared) -> dict[str, Manifest]:

@@ -4,11 +4,14 @@ Prefect reads its settings once, at import, and configures logging then: so impo
 A variable is left alone where the environment has it, under any of its names, or the active profile, `prefect.toml` or `.env` does.
 """
 
+import logging
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+ROOMS = ("stages", "infra", "flows")
 
 DEFAULTS: Mapping[str, tuple[str, ...]] = {
     # First use creates the database: far more than the default 20 s on two cores.
@@ -18,7 +21,7 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": ("false",),
     "DO_NOT_TRACK": ("1",),
     # What stages log belongs on the run's page, and a record from outside any run is no mistake.
-    "PREFECT_LOGGING_EXTRA_LOGGERS": ("stages,infra,flows",),
+    "PREFECT_LOGGING_EXTRA_LOGGERS": (",".join(ROOMS),),
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": ("ignore",),
 }
 """Value, then further names of the same setting."""
@@ -32,6 +35,10 @@ def prepare() -> None:
     for name, (value, *aliases) in DEFAULTS.items():
         if not known & {name, *aliases}:
             os.environ[name] = value
+    for room in ROOMS:  # Prefect hands on what passes the logger's level, and the root's is a warning
+        logger = logging.getLogger(room)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
 
 
 def server_is_configured() -> bool:

@@ -18,7 +18,7 @@ import urllib.request
 from typing import Self
 
 from flows import environment
-from schemas.errors import RunFailed
+from schemas.errors import BadInput, RunFailed
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,9 @@ class EmbeddedServer:
         return self
 
     def wait(self) -> None:
-        """Wait until it answers. Raises `RunFailed` when it does not."""
+        """Wait until it answers. Raises `RunFailed` when it does not, and `BadInput` when a configured server does not."""
         if self._process is None:
+            _check_configured()
             return
         limit = float(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"])
         end = time.monotonic() + limit
@@ -89,6 +90,18 @@ class EmbeddedServer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
+
+
+def _check_configured() -> None:
+    from prefect.client.orchestration import get_client  # noqa: PLC0415 - this module is imported before Prefect
+    from prefect.settings import PREFECT_API_URL  # noqa: PLC0415
+
+    problem = get_client(sync_client=True).api_healthcheck()
+    if problem is not None:
+        raise BadInput(
+            f"Prefect server {PREFECT_API_URL.value()}: does not answer ({problem}); "
+            "start it with: prefect server start, or leave PREFECT_API_URL unset"
+        )
 
 
 def _die_with_parent() -> None:

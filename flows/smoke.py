@@ -2,23 +2,31 @@
 
 from pathlib import Path
 
-from prefect import flow
+from prefect import Flow
 
-from flows.chain import DeviceParameter, RecipeParameter, StoreParameter, run_chain
+from flows.chain import DEVICE, RECIPE, STORE, described, run_chain
 from flows.preparation import prepare
 from flows.run_names import recipe_run_name
 from flows.tasks import stage_progress
 from schemas.errors import CorruptArtifact
+from schemas.recipe import Recipe
 
 TINY = str(Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml")
 
 
-@flow(name="distill-smoke", flow_run_name=recipe_run_name, result_serializer="json")
-def distill_smoke(recipe: RecipeParameter = TINY, store: StoreParameter = None, device: DeviceParameter = "cpu") -> dict[str, str]:
-    """Run the chain on the tiny recipe and verify every file of every artifact. Raises `CorruptArtifact` naming what is damaged."""
+def _smoke(recipe: Recipe | str = TINY, store: str | None = None, device: str = "cpu") -> dict[str, str]:
     prepared = prepare(recipe, store, device, progress=stage_progress)
     manifests = run_chain(prepared)
     damaged = [f"{name}: {problem}" for name, manifest in manifests.items() for problem in prepared.surroundings.store.verify(manifest)]
     if damaged:
         raise CorruptArtifact("\n".join(damaged))
     return {name: manifest.identity for name, manifest in manifests.items()}
+
+
+_smoke.__doc__ = described(
+    "Run the chain on the tiny recipe and verify every file of every artifact; fails naming what is damaged.",
+    recipe=RECIPE,
+    store=STORE,
+    device=DEVICE,
+)
+distill_smoke: Flow[..., dict[str, str]] = Flow(_smoke, name="distill-smoke", flow_run_name=recipe_run_name, result_serializer="json")

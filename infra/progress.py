@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
 
@@ -57,7 +58,7 @@ class RichProgress:
     def __init__(self, name: str) -> None:
         self._bar = RichBar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"), TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"), transient=True,
+            TextColumn("{task.fields[figures]}"), transient=True, console=Console(stderr=True),
         )  # fmt: skip
         self._task = self._bar.add_task(name, unit="", figures="")
 

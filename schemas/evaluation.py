@@ -1,10 +1,9 @@
 """Recipe sections that measure and hand out: `evaluate`, `publish`."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import model_validator
-
-from schemas.base import Field, Model, NotIdentity
+from schemas.base import Field, Mistake, Model, NotIdentity
 from schemas.training import PositiveInt
 
 
@@ -42,10 +41,10 @@ class PublishConfig(Model):
     destination: Annotated[str | None, NotIdentity] = None
     """Folder to export the published model to, beside the artifact on the store."""
 
-    @model_validator(mode="after")
-    def _students_have_a_base(self) -> "PublishConfig":
-        if not self.include_pipeline and self.base_model is None:
-            raise ValueError(
-                "base_model: null; without the teacher's pipeline (include_pipeline: false) expected the hub id of one to load"
-            )
-        return self
+
+def _students_have_a_base(config: PublishConfig) -> Iterator[Mistake]:
+    if not config.include_pipeline and config.base_model is None:
+        yield ("base_model",), None, "without the teacher's pipeline (include_pipeline: false) expected the hub id of one to load"
+
+
+PublishConfig.cross_checks = (_students_have_a_base,)

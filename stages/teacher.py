@@ -26,6 +26,15 @@ class Inputs(Model):
     """Nothing from the store: the pipeline lies outside."""
 
 
+def preflight(config: TeacherConfig, outside: Mapping[str, str]) -> None:
+    """Inspect a pipeline on this machine without loading it. Raises `BadInput` as `run` does; one that lies elsewhere is looked at when it comes."""
+    folder = Path(outside["source"].removeprefix("file://"))
+    if folder.is_dir():
+        pipeline_files(folder, config.variant)
+        if config.variant is None:
+            inspect(folder)
+
+
 def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Teacher]:  # noqa: ARG001  # every stage's signature
     """Copy the pipeline at `config.source` (a folder, an address on object storage, a hub id) into the store and say what it is.
 

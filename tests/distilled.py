@@ -131,4 +131,4 @@ def _shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> No
 
 def _write_metrics(folder: Path) -> None:
     steps = list(range(1, 31))
-    pq.write_table(pa.table({"step": steps, "loss": [1 / step for step in steps]}), folder / "metrics.parquet")
+    pq.write_table(pa.table({"step": steps, "student.loss": [1 / step for step in steps]}), folder / "metrics.parquet")

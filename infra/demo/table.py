@@ -7,6 +7,7 @@ claims, blurred copies, low scores, a repeated address, an empty caption. The ae
 import io
 import json
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,11 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
-from infra.demo.emoji import captions, render, variant
+from infra.demo.emoji import ImageFormat, captions, render, variant
 
 LARGE: Final = (1088, 1152, 1216, 1280)
 SMALL: Final = (512, 768, 1000)
+TINY: Final = (64, 80, 96, 128)
+"""Pixels on a side."""
+FORMATS: Final[tuple[ImageFormat, ...]] = ("png", "jpg")
 _CLOSED_PORT: Final = 9  # discard: nothing listens there
+_SCHEMA: Final = pa.schema(
+    [("url", pa.string()), ("caption", pa.string()), ("width", pa.int64()), ("height", pa.int64()), ("aesthetic", pa.float64())]
+)
+Rows = list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -33,44 +41,61 @@ class Collection:
 
 
 def make_collection(folder: Path, *, large: int = 176, small: int = 32, seed: int = 0) -> Collection:
-    """Render the pictures and write the table; a folder that is complete already is used as it is.
+    """The demo's pictures, `large` of them above 1024 px and `small` below, and its table with the planted faults.
+
+    A folder that is complete already is used as it is.
+    """
+
+    def rows(pictures: Path) -> Rows:
+        sides = [LARGE[index % len(LARGE)] if index < large else SMALL[index % len(SMALL)] for index in range(large + small)]
+        good = _good(pictures, sides, seed)
+        return good + _planted(pictures, good, seed)
+
+    return _collect(folder, {"large": large, "small": small, "seed": seed}, rows)
+
+
+def make_teacher_collection(folder: Path, *, count: int = 6000, seed: int = 1) -> Collection:
+    """The pictures that the tiny teacher is trained on: many small ones, none broken, in other poses than the demo's."""
+
+    def rows(pictures: Path) -> Rows:
+        return _good(pictures, [TINY[index % len(TINY)] for index in range(count)], seed)
+
+    return _collect(folder, {"count": count, "seed": seed}, rows)
+
+
+def _collect(folder: Path, made_of: dict[str, int], rows_of: Callable[[Path], Rows]) -> Collection:
+    """Draw pictures and write the table of their addresses, unless it is there.
 
     The port is chosen once and kept, because it stands in the addresses, the addresses in the table, and the table's digest in every identity.
     """
     stamp = folder / "collection.json"
     pictures, table = folder / "pictures", folder / "urls.parquet"
-    wanted = {"large": large, "small": small, "seed": seed}
     if stamp.exists():
         kept = json.loads(stamp.read_text())
-        if kept["made_of"] == wanted:
+        if kept["made_of"] == made_of:
             return Collection(pictures, table, kept["port"])
     pictures.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    rows = _good(pictures, large, small, seed)
-    rows += _planted(pictures, rows, seed)
+    rows = rows_of(pictures)
     for row in rows:
         if "://" not in str(row["url"]):
             row["url"] = f"http://127.0.0.1:{port}/{row['url']}"
-    schema = pa.schema(
-        [("url", pa.string()), ("caption", pa.string()), ("width", pa.int64()), ("height", pa.int64()), ("aesthetic", pa.float64())]
-    )
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), table)
-    stamp.write_text(json.dumps({"made_of": wanted, "port": port}))
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), table)
+    stamp.write_text(json.dumps({"made_of": made_of, "port": port}))
     return Collection(pictures, table, port)
 
 
-def _good(pictures: Path, large: int, small: int, seed: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
-    for index, one in enumerate(captions(seed, large + small)):
-        side = LARGE[index % len(LARGE)] if index < large else SMALL[index % len(SMALL)]
-        image_format = ("png", "jpg")[index % 2]
+def _good(pictures: Path, sides: Sequence[int], seed: int) -> Rows:
+    rows: Rows = []
+    for index, (one, side) in enumerate(zip(captions(seed, len(sides)), sides, strict=True)):
+        image_format = FORMATS[index % len(FORMATS)]
         name = f"{index:05d}.{image_format}"
-        (pictures / name).write_bytes(render(one, side, variant(seed, index), "png" if image_format == "png" else "jpg"))
+        (pictures / name).write_bytes(render(one, side, variant(seed, index), image_format))
         rows.append(_row(name, one.caption, side, 5.6 + (index % 20) / 10))
     return rows
 
 
-def _planted(pictures: Path, good: list[dict[str, object]], seed: int) -> list[dict[str, object]]:
+def _planted(pictures: Path, good: Rows, seed: int) -> Rows:
     """Rows that must not survive, each for one reason."""
     whole = [(pictures / str(row["url"])).read_bytes() for row in good[:8]]
     rows = [_row(f"gone-{index}.png", "a picture that is gone", 1200, 6.0) for index in range(6)]

@@ -45,7 +45,8 @@ class TeacherPipeline:
         """Load a pipeline folder; nothing is downloaded and no code of the folder is run.
 
         The VAE is of `vae_dtype`; where that is None of `dtype`, or of float32 where `dtype` is float16 and the VAE's configuration says
-        `force_upcast` (SDXL's overflows in half precision). Raises `BadInput` for what `inspect` refuses, and for weights that do not fill the configured networks.
+        `force_upcast` (SDXL's overflows in half precision). Raises `BadInput` for what
+        `inspect` refuses, and for weights that do not fill the configured networks.
         """
         facts = inspect(folder)
         parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}

@@ -1,6 +1,7 @@
 """Samples of every row: the same prompts and the same starting noise for all, kept shard by shard so that a killed run goes on where it was."""
 
 import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,12 +16,12 @@ from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import draw_noise, image_generator, sample
+from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import Row
 from stages.evaluate.schedulers import checked_scheduler
 from stages.pictures import decode_rgb
-from stages.shards import Sample, ShardWriter, move_shards, read_samples, shard_paths
-from stages.workspace import Workspace
+from stages.shards import Sample, ShardWriter, read_samples, shard_paths
 
 Pixels = NDArray[np.uint8]
 
@@ -82,28 +83,24 @@ def scheduler_of(row: Row, scheduler_config: Mapping[str, Any]) -> Any:
     return checked_scheduler(row.name, row.sampler, scheduler_config, row.prediction_type, [row.timesteps])
 
 
-def sample_row(row: Row, load: Callable[[], Denoiser], sampler: Sampler, workspace: Workspace, folder: Path) -> None:
+def sample_row(row: Row, load: Callable[[], Denoiser], sampler: Sampler, pieces: Pieces, folder: Path) -> None:
     """Make the row's shards in `folder`, taking over what an earlier run has kept.
 
     `load` is called at most once, and not at all when every shard is there.
     """
     total = len(sampler.prompts.images)
     per_shard = -(-SHARD_IMAGES // sampler.batch_size) * sampler.batch_size
-    kept = {part.name: part for part in workspace.parts()}
     folder.mkdir(parents=True, exist_ok=True)
     denoiser: Denoiser | None = None
     for number, first in enumerate(range(0, total, per_shard)):
-        name = f"samples-{row.slug}-{number:05d}"
-        last = min(first + per_shard, total)
-        with workspace.folder(name) as shard:
-            if name in kept:
-                workspace.load_part(kept[name], shard)
-                sampler.tick(last - first)
+        images = range(first, min(first + per_shard, total))
+        with pieces.piece(f"samples-{row.slug}-{number:05d}") as (shard, made):
+            if made:
+                sampler.tick(len(images))
             else:
                 denoiser = denoiser or load()
-                _write_shard(row, denoiser, sampler, shard, range(first, last))
-                workspace.save_part(name, shard)
-            move_shards(shard_paths(shard), folder, number)
+                _write_shard(row, denoiser, sampler, shard, images)
+            shutil.copyfile(shard / "shard-00000.tar", folder / f"shard-{number:05d}.tar")
 
 
 def _write_shard(row: Row, denoiser: Denoiser, sampler: Sampler, folder: Path, images: range) -> None:

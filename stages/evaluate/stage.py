@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +21,10 @@ from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, Selecti
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.curves import Curve, read_curves
-from stages.evaluate.features import Extractor, extractor_spec, features_of
+from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
+from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
 from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.rows import TEACHER, Row, rows_of
@@ -31,6 +32,9 @@ from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictur
 from stages.evaluate.summary import Measured, Scores, Sources, summarise
 from stages.students import load_student
 from stages.workspace import Workspace
+
+Measure = Callable[[Iterable[Pixels]], NDArray[np.float32]]
+"""From pictures (H, W, 3) to features (N, D)."""
 
 _DECIMALS: Final = 6
 """Digits of a score after the point: features are float32, so what follows is rounding."""
@@ -45,6 +49,13 @@ class Inputs(Model):
     images: Manifest[Selection]
     """The real images."""
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+
+
+def preflight(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
+    """Look for the extractor's packages and at a prompts file on this machine, hours before they are needed. Raises `BadInput`."""
+    extractor_spec(config.extractor)
+    if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
+        read_prompts(Path(outside["prompts"].removeprefix("file://")))
 
 
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
@@ -65,18 +76,21 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
 
     tick = _ticker(workspace, len(rows) * len(prompts.images))
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
-    extractor = functools.cache(lambda: spec.build(workspace.device))
+    pieces = Pieces(workspace)
+    extractor = functools.cache(spec.build)
+
+    def measure(pictures: Iterable[Pixels]) -> NDArray[np.float32]:
+        return features_of(pictures, extractor(workspace.device), workspace.device)
+
     with workspace.folder("evaluation") as folder:
         samples = {row.name: folder / "samples" / row.slug for row in rows}
         statistics: dict[str, FeatureStatistics] = {}
         for row in rows:
-            sample_row(row, functools.partial(_denoiser, row, pipeline, inputs, workspace), sampler, workspace, samples[row.name])
+            sample_row(row, functools.partial(_denoiser, row, pipeline, inputs, workspace), sampler, pieces, samples[row.name])
             pictures = functools.partial(read_pictures, samples[row.name])
-            statistics[row.name] = FeatureStatistics.of(_features(f"features-{row.slug}", pictures, extractor, workspace))
+            statistics[row.name] = _features(row.slug, pictures, measure, pieces)
             _free(workspace.device)
-        reference = FeatureStatistics.of(
-            _features("features-real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), extractor, workspace)
-        )
+        reference = _features("real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), measure, pieces)
 
         measured = Measured(
             identity=workspace.identity,
@@ -109,20 +123,13 @@ def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Wo
     return load_student(pipeline, manifest, workspace.fetch(manifest))
 
 
-def _features(
-    name: str, pictures: Callable[[], Iterable[Pixels]], extractor: Callable[[], Extractor], workspace: Workspace
-) -> NDArray[np.float32]:
-    """Features (N, D), kept as a part: a killed run does not look at the pictures again."""
-    kept = {part.name: part for part in workspace.parts()}
-    with workspace.folder(name) as folder:
+def _features(name: str, pictures: Callable[[], Iterable[Pixels]], measure: Measure, pieces: Pieces) -> FeatureStatistics:
+    """Statistics of the pictures' features, which are kept: a killed run does not look at the pictures again."""
+    with pieces.piece(f"features-{name}") as (folder, made):
         path = folder / "features.safetensors"
-        if name in kept:
-            workspace.load_part(kept[name], folder)
-        else:
-            save_file({"features": features_of(pictures(), extractor(), workspace.device)}, path)
-            workspace.save_part(name, folder)
-        found: NDArray[np.float32] = load_file(path)["features"]
-        return found
+        if not made:
+            save_file({"features": measure(pictures())}, path)
+        return FeatureStatistics.of(load_file(path)["features"])
 
 
 def _scores(rows: Sequence[Row], statistics: dict[str, FeatureStatistics], real: FeatureStatistics) -> Scores:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,11 @@ ROWS_PER_CHUNK: Final = 10_000
 
 class Inputs(Model):
     """`ingest` reads no artifact."""
+
+
+def preflight(config: IngestConfig, outside: Mapping[str, str]) -> None:
+    """Read the first rows of the table. Raises `BadInput` when it cannot be read or lacks a column."""
+    next(UrlTable(outside["table"], config.columns).batches(), None)
 
 
 def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[ImageShards]:  # noqa: ARG001

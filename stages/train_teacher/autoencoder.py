@@ -61,7 +61,7 @@ class AutoencoderMethod(Method[Tensor, tuple[Tensor, Tensor]]):
 def encode_all(vae: Any, pictures: Tensor, batch: int = 64) -> Tensor:
     """Posterior means (N, C, h, w) of pictures (N, 3, H, W) uint8, not yet scaled."""
     vae.eval()
-    return torch.cat([vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in pictures.split(batch)])
+    return torch.cat([vae.encode(part.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in torch.split(pictures, batch)])
 
 
 @torch.no_grad()

@@ -178,6 +178,24 @@ def test_pages_and_names_are_for_people(chain: ToyChain) -> None:
     assert "latents" in page and chain.address in page
 
 
+def test_what_stages_log_is_on_the_page_of_their_task(chain: ToyChain) -> None:
+    import time
+
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    state = run_state(chain)
+    encode = next(item for item in tasks_of(state) if item.name == "encode")
+    filter_ = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        for _ in range(100):  # sent in batches, every two seconds
+            lines = [log.message for log in client.read_logs(log_filter=filter_) if log.task_run_id == encode.id]
+            if any(line.startswith("encode: started") for line in lines):
+                return
+            time.sleep(0.1)
+    pytest.fail(f"found only {lines}")
+
+
 def test_names_of_links_show_what_learns_from_what() -> None:
     from flows.tasks import title
     from schemas.data import SelectConfig
