@@ -18,7 +18,7 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.schedule import ddim_solver_timesteps, lcm_timesteps
 from stages.diffusion.solvers import boundary_scalings, consistency, ddim_move
 from stages.latents import LatentSet
-from stages.students import check_teacher, save_student, trainable, trained_tensors
+from stages.students import check_teacher, ready_for_training, save_student, trainable, trained_tensors
 from stages.training import Draw, Method, Player, train
 from stages.training.latent_batches import LatentBatch, reader
 from stages.training.randomness import derive_seed
@@ -40,10 +40,7 @@ def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     base = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device).denoiser()
     unet = base.unet
     add_lora(unet, config.lora_rank, config.lora_alpha, seed=derive_seed(seed, "lora"))
-    unet.train()
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-
+    ready_for_training(unet, gradient_checkpointing=config.gradient_checkpointing)
     layers = lora_layers(unet)
     method = ConsistencyDistillation(
         config,
