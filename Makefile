@@ -1,7 +1,7 @@
 # Everything on a machine with only Python 3.11 or newer: the environment lies in .venv, and a second call starts at once.
 # PIP_FIND_LINKS (a folder of wheels, such as a CPU build of torch) is handed on to uv, which does the installing.
 
-.PHONY: demo test check install clean
+.PHONY: demo teacher test check install clean
 .DEFAULT_GOAL := test
 
 INSTALLED := .venv/.installed
@@ -11,6 +11,9 @@ export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LI
 
 demo: $(INSTALLED) ## the whole chain on real captioned pictures, in minutes, on a CPU
 	.venv/bin/distill demo
+
+teacher: $(INSTALLED) ## the tiny teacher of the demo from scratch, in hours
+	.venv/bin/distill demo --teacher --folder demo/teacher
 
 test: check ## everything CI runs
 	.venv/bin/python -m pytest --durations=20

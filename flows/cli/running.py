@@ -1,7 +1,8 @@
 """Commands that make artifacts: `run`, `stage`, `demo`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,22 +27,10 @@ def register(app: typer.Typer) -> None:
 
 def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = "cpu") -> None:
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
-    from flows.environment import server_is_configured
-    from flows.preparation import prepare
-    from flows.server import EmbeddedServer
+    from flows.local import run_here
 
-    parsed = load_recipe(recipe, overrides or ())
-    prepared = prepare(parsed, store, device)  # before Prefect: a mistake is told within seconds, without a failed run to look at
-    opened = prepared.surroundings.store
-    identities = prepared.plan.identities
-    if prepared.unfinished or server_is_configured():  # else there is neither work nor anybody to show it to
-        server = EmbeddedServer().start()
-        from flows.chain import distill_chain
-
-        server.wait()
-        identities = distill_chain(parsed, opened.address, device)
-    manifests = {name: manifest for name, identity in identities.items() if (manifest := opened.find(identity)) is not None}
-    print_chain(manifests, {node.name for node in prepared.unfinished}, opened)
+    finished = run_here(load_recipe(recipe, overrides or ()), store, device)
+    print_chain(finished.manifests, finished.made, finished.store)
 
 
 def stage(
@@ -67,11 +56,18 @@ def stage(
     print_chain({node.name: manifest}, {left.name for left in prepared.unfinished}, prepared.surroundings.store)
 
 
-def demo() -> None:
+def demo(
+    *,
+    folder: Annotated[Path, typer.Option(help="Where pictures, store, report and model go.")] = Path("demo"),
+    teacher: Annotated[bool, typer.Option("--teacher", help="Train the tiny teacher from scratch instead: an hour and more.")] = False,
+    overrides: Overrides = None,
+) -> None:
     """Run the tiny recipe on real captioned pictures, served and fetched on this machine, to a student and its report."""
-    from flows.demo import run_demo
+    from flows.demo import run_demo, train_tiny_teacher
 
-    run_demo()
+    shown = (train_tiny_teacher if teacher else run_demo)(folder, tuple(overrides or ()))
+    print_chain(shown.finished.manifests, shown.finished.made, shown.finished.store)
+    output.print(f"model:  {shown.model}\nreport: {shown.report}")
 
 
 @contextmanager
@@ -90,7 +86,7 @@ def _given(inputs: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def print_chain(manifests: Mapping[str, Manifest], made: set[str], store: ArtifactStore) -> None:
+def print_chain(manifests: Mapping[str, Manifest], made: Collection[str], store: ArtifactStore) -> None:
     """Write a line a stage run, then where the report and the published model lie on this machine."""
     table = Table("stage", "", "artifact", "kind")
     for name, manifest in manifests.items():

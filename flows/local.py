@@ -1,0 +1,42 @@
+"""Run a chain from this process: with the Prefect server that is configured, else with an embedded one for as long as it takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flows.preparation import prepare
+from flows.server import EmbeddedServer
+from infra.store import ArtifactStore
+from schemas.manifest import Manifest
+from schemas.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A chain that has run."""
+
+    manifests: Mapping[str, Manifest]
+    """By the name of the stage run, in order."""
+    made: frozenset[str]
+    """Names of the runs that were not there before."""
+    store: ArtifactStore
+
+
+def run_here(recipe: Recipe, store: str | None = None, device: str = "cpu") -> Finished:
+    """Run a recipe as the flow `distill-chain`; what is finished is skipped, what was interrupted goes on.
+
+    The published folder is exported to `publish.destination` also where `publish` was found finished: a destination is no part of the result.
+    """
+    prepared = prepare(recipe, store, device)  # before Prefect: a mistake is told within seconds, without a failed run to look at
+    server = EmbeddedServer().start()
+    from flows.chain import distill_chain  # noqa: PLC0415 - imports Prefect, which reads the server's address then
+
+    server.wait()
+    opened = prepared.surroundings.store
+    identities = distill_chain(recipe, opened.address, device)
+    manifests = {name: manifest for name, identity in identities.items() if (manifest := opened.find(identity)) is not None}
+    made = frozenset(node.name for node in prepared.unfinished)
+    if recipe.publish is not None and recipe.publish.destination is not None and "publish" not in made:
+        from stages.publish import export_folder  # noqa: PLC0415 - imports torch
+
+        export_folder(opened.fetch(manifests["publish"]), recipe.publish.destination)
+    return Finished(manifests, made, opened)
