@@ -52,16 +52,14 @@ def content_digest(address: str) -> str:
     if hub is not None:
         info = _hub_info(hub)
         return digest({"commit": info.sha, "files": sorted([file.rfilename, file.blob_id] for file in info.siblings)})
-    system, path = fsspec.core.url_to_fs(address)
-    try:
+    with _reading(address):
+        system, path = fsspec.core.url_to_fs(address)
         if system.isfile(path):
             return _file_digest(system, path)
         names = sorted(name for name in system.find(path) if not _hidden(name[len(path) :]))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{address}: cannot be read ({error})") from error
-    if not names:
-        raise BadInput(f"{address}: nothing is there; expected a file or a folder")
-    return digest([[name[len(path) :].lstrip("/"), _file_digest(system, name)] for name in names])
+        if not names:
+            raise BadInput(f"{address}: nothing is there; expected a file or a folder")
+        return digest([[name[len(path) :].lstrip("/"), _file_digest(system, name)] for name in names])
 
 
 def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambda _path: True) -> Path:
@@ -72,11 +70,12 @@ def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambd
     hub = HubModel.parse(address)
     if hub is not None:
         return _hub_copy(hub, folder / hub.name.replace("/", "--"), wanted)
-    system, path = fsspec.core.url_to_fs(address)
+    with _reading(address):
+        system, path = fsspec.core.url_to_fs(address)
     if "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
         return Path(path)
     target: Path = folder / str(path).rstrip("/").rsplit("/", 1)[-1]
-    try:
+    with _reading(address):
         if system.isfile(path):
             system.get_file(path, str(target))
             return target
@@ -85,8 +84,6 @@ def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambd
             destination = target / name[len(path) :].lstrip("/")
             destination.parent.mkdir(parents=True, exist_ok=True)
             system.get_file(name, str(destination))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{address}: cannot be read ({error})") from error
     if not names:
         raise BadInput(f"{address}: nothing is there; expected a file or a folder")
     return target
@@ -126,6 +123,19 @@ def _hub_errors(hub: HubModel) -> Iterator[None]:
             f"{hub}: no such file or folder here, and the hub does not give such a model ({first_line}); "
             "expected an existing path, an address, or a hub id and access to the hub"
         ) from error
+
+
+@contextmanager
+def _reading(address: str) -> Iterator[None]:
+    """Turn what goes wrong at an address into `BadInput`: an unknown scheme, a missing package, no credentials, no permission."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise BadInput(f"{address}: cannot be read ({error})") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "botocore":  # its errors have no base among Python's, and its import is slow
+            raise
+        raise BadInput(f"{address}: cannot be read ({error})") from error
 
 
 def _file_digest(system: fsspec.AbstractFileSystem, path: str) -> str:

@@ -1,7 +1,7 @@
 """What the command line writes: results to stdout, everything else to stderr."""
 
 import logging
-from types import TracebackType
+from copy import copy
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -9,10 +9,8 @@ from rich.logging import RichHandler
 from flows.environment import server_is_configured
 from schemas.errors import DistillError
 
-output = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class Stopped(BaseException):
@@ -30,8 +28,11 @@ class _Named(logging.Formatter):
 class _Quiet(_Named):
     """Leaves out tracebacks of errors that say all in their one sentence. The run's page in Prefect keeps them."""
 
-    def formatException(self, ei: ExcInfo) -> str:  # noqa: N802 - the standard library's name
-        return "" if isinstance(ei[1], DistillError | KeyboardInterrupt | Stopped) else super().formatException(ei)
+    def format(self, record: logging.LogRecord) -> str:
+        if record.exc_info and isinstance(record.exc_info[1], DistillError | KeyboardInterrupt | Stopped):
+            record = copy(record)  # other handlers get the same one
+            record.exc_info = record.exc_text = None
+        return super().format(record)
 
 
 def set_up_logging(verbose: int, *, debug: bool) -> None:
