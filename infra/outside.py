@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import fsspec
 
+from infra.store.local import DISK_FULL
 from schemas.base import digest
 from schemas.errors import BadInput
 
@@ -52,16 +53,14 @@ def content_digest(address: str) -> str:
     if hub is not None:
         info = _hub_info(hub)
         return digest({"commit": info.sha, "files": sorted([file.rfilename, file.blob_id] for file in info.siblings)})
-    system, path = fsspec.core.url_to_fs(address)
-    try:
+    with _reading(address):
+        system, path = fsspec.core.url_to_fs(address)
         if system.isfile(path):
             return _file_digest(system, path)
         names = sorted(name for name in system.find(path) if not _hidden(name[len(path) :]))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{address}: cannot be read ({error})") from error
-    if not names:
-        raise BadInput(f"{address}: nothing is there; expected a file or a folder")
-    return digest([[name[len(path) :].lstrip("/"), _file_digest(system, name)] for name in names])
+        if not names:
+            raise BadInput(f"{address}: nothing is there; expected a file or a folder")
+        return digest([[name[len(path) :].lstrip("/"), _file_digest(system, name)] for name in names])
 
 
 def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambda _path: True) -> Path:
@@ -72,11 +71,12 @@ def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambd
     hub = HubModel.parse(address)
     if hub is not None:
         return _hub_copy(hub, folder / hub.name.replace("/", "--"), wanted)
-    system, path = fsspec.core.url_to_fs(address)
+    with _reading(address):
+        system, path = fsspec.core.url_to_fs(address)
     if "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
         return Path(path)
     target: Path = folder / str(path).rstrip("/").rsplit("/", 1)[-1]
-    try:
+    with _reading(address):
         if system.isfile(path):
             system.get_file(path, str(target))
             return target
@@ -85,11 +85,22 @@ def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambd
             destination = target / name[len(path) :].lstrip("/")
             destination.parent.mkdir(parents=True, exist_ok=True)
             system.get_file(name, str(destination))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{address}: cannot be read ({error})") from error
     if not names:
         raise BadInput(f"{address}: nothing is there; expected a file or a folder")
     return target
+
+
+@contextmanager
+def _reading(address: str) -> Iterator[None]:
+    """Turn what fsspec and the libraries behind it raise for an address that cannot be read into `BadInput`; a full disk stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        # botocore's own errors (no credentials, no endpoint) are no OSErrors, and importing it only to name them takes a second.
+        known = isinstance(error, OSError | ValueError | ImportError) or type(error).__module__.partition(".")[0] == "botocore"
+        if not known or (isinstance(error, OSError) and error.errno in DISK_FULL):
+            raise
+        raise BadInput(f"{address}: cannot be read ({error})") from error
 
 
 def _hub_info(hub: HubModel) -> Any:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from infra.progress import NullProgress, Progress
 from infra.provenance import describe_host, library_versions, source_revision
 from infra.store import ArtifactStore
+from infra.store.local import is_disk_full
 from schemas.base import Model
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Lineage, Manifest, Teacher
@@ -75,7 +76,8 @@ def _required(store: ArtifactStore, plan: Plan, name: str, reader: Node) -> Mani
     manifest = find_complete(store, plan.identities[name])
     if manifest is None:
         raise RunFailed(
-            f"{reader.name}: its input {name} ({plan.identities[name][:12]}) is not on {store.address}; run that stage first: distill stage {name}"
+            f"{reader.name}: its input {name} ({plan.identities[name][:12]}) is not on {store.address}, or not whole; "
+            f"run that stage first: distill stage {name}"
         )
     return manifest
 
@@ -101,6 +103,10 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 started=started,
             )
             manifest = run(node.config, inputs, workspace)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise RunFailed(f"{node.name}: disk full while working in {scratch} ({error}): free space, and run again") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if manifest.kind not in kind.makes:

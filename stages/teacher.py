@@ -11,6 +11,7 @@ from infra.outside import HubModel, content_digest, local_copy
 from schemas.base import Model, digest
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Manifest, Teacher
+from schemas.recipe import Recipe
 from schemas.teacher import TeacherConfig
 from stages.diffusion.facts import MODEL_INDEX, components, inspect
 from stages.diffusion.weights import find_weights
@@ -26,13 +27,17 @@ class Inputs(Model):
     """Nothing from the store: the pipeline lies outside."""
 
 
-def preflight(config: TeacherConfig, outside: Mapping[str, str]) -> None:
-    """Inspect a pipeline on this machine without loading it. Raises `BadInput` as `run` does; one that lies elsewhere is looked at when it comes."""
+def preflight(config: TeacherConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
+    """Inspect a pipeline on this machine without loading it. Raises `BadInput` as `run` does, and as `encode` does for a resolution that its VAE
+    cannot take; one that lies elsewhere is looked at when it comes."""
     folder = Path(outside["source"].removeprefix("file://"))
+    if folder.is_file():
+        raise _is_a_file(outside["source"])
     if folder.is_dir():
         pipeline_files(folder, config.variant)
         if config.variant is None:
-            inspect(folder)
+            facts = inspect(folder)
+            check_resolution(recipe.encode.resolution_px or facts.resolution, facts.resolution // facts.latent_shape[1])
 
 
 def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Teacher]:  # noqa: ARG001  # every stage's signature
@@ -48,7 +53,7 @@ def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest
     with workspace.folder("download") as download, workspace.folder("teacher") as target:
         source = local_copy(address, download, lambda path: is_wanted(path, config.variant))
         if not source.is_dir():
-            raise BadInput(f"{address}: found a file, expected a pipeline folder in diffusers layout")
+            raise _is_a_file(address)
         files = pipeline_files(source, config.variant)
         for done, (name, path) in enumerate(sorted(files.items()), start=1):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +62,16 @@ def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         content = describe(target)
         logger.info("%s: %s, %s, %d px", address, content.architecture, content.prediction_type, content.resolution)
         return Manifest[Teacher].model_validate(workspace.publish(target, content).model_dump())
+
+
+def check_resolution(side: int, downscale: int) -> None:
+    """Raise `BadInput` for a training resolution (pixels) that is no multiple of the VAE's factor."""
+    if side % downscale:
+        raise BadInput(f"encode.resolution_px = {side}: expected a multiple of {downscale}, the VAE's factor")
+
+
+def _is_a_file(address: str) -> BadInput:
+    return BadInput(f"{address}: found a file, expected a pipeline folder in diffusers layout")
 
 
 def describe(folder: Path) -> Teacher:

@@ -9,8 +9,9 @@ from rich.logging import RichHandler
 from flows.environment import server_is_configured
 from schemas.errors import DistillError
 
-output = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: a path or a sentence with [brackets] in it, such as the extras of a package, is text.
+output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 

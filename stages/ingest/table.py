@@ -88,6 +88,10 @@ class UrlTable:
         if row == 0:
             raise BadInput(f"table {self.address}: has no rows")
 
+    def has(self, field: str) -> bool:
+        """Whether any file of the table has a column for our `field`. Reads their first blocks."""
+        return any(field in self._columns(file).names for file in self._files)
+
     def _list(self, path: str) -> list[str]:
         if self._system.isfile(path):
             if PurePosixPath(path).suffix not in (".parquet", ".csv"):
@@ -107,6 +111,17 @@ class UrlTable:
                 return int(parquet.metadata.num_rows)
         except (pa.ArrowException, OSError) as error:
             raise BadInput(f"table {file}: not a readable parquet file ({error})") from error
+
+    def _columns(self, file: str) -> _Columns:
+        try:
+            with self._open(file) as stream:
+                if file.endswith(".parquet"):
+                    available = pq.read_schema(stream).names
+                else:
+                    available = pyarrow.csv.open_csv(stream, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)).schema.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"table {file}: cannot be read ({error})") from error
+        return _Columns.find(available, self.columns, file)
 
     def _open(self, file: str) -> AbstractContextManager[Any]:
         stream: AbstractContextManager[Any] = self._system.open(file, "rb")
