@@ -68,13 +68,18 @@ def find_complete(store: ArtifactStore, identity: str) -> Manifest | None:
         return None
     if store.is_complete(manifest):
         return manifest
-    logger.warning("artifact %s: objects are missing on the store; it will be made again", identity[:12])
+    logger.warning("artifact %s: objects are missing on the store, or cut short: taken as not made", identity[:12])
     return None
 
 
 def _required(store: ArtifactStore, plan: Plan, name: str, reader: Node) -> Manifest:
     manifest = find_complete(store, plan.identities[name])
     if manifest is None:
+        identity = plan.identities[name]
+        if not plan.input_digests[name]:  # given, so no stage of this recipe makes it
+            raise RunFailed(
+                f"{reader.name}: the artifact given for {name} ({identity[:12]}) is not whole on {store.address}; see distill verify {identity[:16]}"
+            )
         raise RunFailed(
             f"{reader.name}: its input {name} ({plan.identities[name][:12]}) is not on {store.address}, or not whole; "
             f"run that stage first: distill stage {name}"

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from infra.outside import HubModel, content_digest, local_copy
@@ -34,9 +35,10 @@ def preflight(config: TeacherConfig, outside: Mapping[str, str], recipe: Recipe)
     if folder.is_file():
         raise _is_a_file(outside["source"])
     if folder.is_dir():
-        pipeline_files(folder, config.variant)
-        if config.variant is None:
-            facts = inspect(folder)
+        with _said_of_the_source():
+            pipeline_files(folder, config.variant)
+            facts = inspect(folder) if config.variant is None else None
+        if facts is not None:
             check_resolution(recipe.encode.resolution_px or facts.resolution, facts.resolution // facts.latent_shape[1])
 
 
@@ -54,12 +56,14 @@ def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         source = local_copy(address, download, lambda path: is_wanted(path, config.variant))
         if not source.is_dir():
             raise _is_a_file(address)
-        files = pipeline_files(source, config.variant)
+        with _said_of_the_source():
+            files = pipeline_files(source, config.variant)
         for done, (name, path) in enumerate(sorted(files.items()), start=1):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             _copy(path, target / name, config.variant)
             workspace.progress.update(done, len(files), "files")
-        content = describe(target)
+        with _said_of_the_source():
+            content = describe(target)
         logger.info("%s: %s, %s, %d px", address, content.architecture, content.prediction_type, content.resolution)
         return Manifest[Teacher].model_validate(workspace.publish(target, content).model_dump())
 
@@ -70,8 +74,17 @@ def check_resolution(side: int, downscale: int) -> None:
         raise BadInput(f"encode.resolution_px = {side}: expected a multiple of {downscale}, the VAE's factor")
 
 
+@contextmanager
+def _said_of_the_source() -> Iterator[None]:
+    """Put the recipe's field before what is wrong with the pipeline it names."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"teacher.source: {error}") from error
+
+
 def _is_a_file(address: str) -> BadInput:
-    return BadInput(f"{address}: found a file, expected a pipeline folder in diffusers layout")
+    return BadInput(f"teacher.source: {address}: found a file, expected a pipeline folder in diffusers layout")
 
 
 def describe(folder: Path) -> Teacher:

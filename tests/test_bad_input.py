@@ -324,29 +324,42 @@ CASES = (
     Case(
         "a table without url",
         lambda b: ["run", b.table("address,caption\nhttp://a,b\n")],
-        ("table.csv", "no column for the url", "found address, caption", "expected one of url", "ingest.columns.url"),
+        ("ingest.table", "table.csv", "no column for the url", "found address, caption", "expected one of url", "ingest.columns.url"),
     ),
-    Case("an empty table", lambda b: ["run", b.table(parquet(url=[], caption=[]), "table.parquet")], ("table.parquet", "has no rows")),
+    Case(
+        "an empty table",
+        lambda b: ["run", b.table(parquet(url=[], caption=[]), "table.parquet")],
+        ("ingest.table", "table.parquet", "has no rows"),
+    ),
     Case(
         "a table that is no parquet",
         lambda b: ["run", b.table("url,caption", "table.parquet")],
-        ("table.parquet", "not a readable parquet file"),
+        ("ingest.table", "table.parquet", "not a readable parquet file"),
     ),
     Case(
         "a table cut short",
         lambda b: ["run", b.table(cut(parquet(url=["http://a/1"], caption=["x"])), "table.parquet")],
-        ("table.parquet", "not a readable parquet file"),
+        ("ingest.table", "table.parquet", "not a readable parquet file"),
     ),
-    Case("a table of another format", lambda b: ["run", b.table("x", "table.xlsx")], ("table.xlsx", "expected a .parquet or .csv file")),
+    Case(
+        "a table of another format",
+        lambda b: ["run", b.table("x", "table.xlsx")],
+        ("ingest.table", "table.xlsx", "expected a .parquet or .csv file"),
+    ),
     Case(
         "a threshold and a table without scores",
         lambda b: ["run", b.table("url,caption\nhttp://a/1.png,one\n")],
-        ("select.min_aesthetic = 5.5", "table.csv has no column with a score", "expected one of aesthetic, aesthetic_score", "or null"),
+        (
+            "select.min_aesthetic = 5.5: ingest.table table.csv",
+            "has no column with a score",
+            "expected one of aesthetic, aesthetic_score",
+            "or null",
+        ),
     ),
     Case(
         "a table none of whose rows can pass",
         lambda b: ["stage", "ingest", b.table("url,caption,width,height,aesthetic\nhttp://a/1.png,one,64,64,6.5\n")],
-        ("table.csv", "none of its 1 rows passes by its metadata", "dropped:"),
+        ("ingest.table", "table.csv", "none of its 1 rows passes by its metadata", "dropped:"),
         code=1,
         started=True,
     ),
@@ -364,24 +377,38 @@ CASES = (
     Case(
         "a teacher that is a file",
         lambda b: ["run", b.recipe(teacher={"source": "table.csv"})],
-        ("table.csv", "found a file, expected a pipeline folder"),
+        ("teacher.source", "table.csv", "found a file, expected a pipeline folder"),
     ),
-    Case("a teacher without index", without_index, ("teacher/model_index.json", "missing; expected a pipeline folder in diffusers layout")),
+    Case(
+        "a teacher without index",
+        without_index,
+        ("teacher.source", "teacher/model_index.json", "missing; expected a pipeline folder in diffusers layout"),
+    ),
     Case(
         "an unsupported pipeline",
         lambda b: ["run", b.edit_teacher("model_index.json", lambda data: index(data, _class_name="FluxPipeline"))],
-        ("teacher", "pipeline 'FluxPipeline' is not supported; expected StableDiffusionPipeline or"),
+        ("teacher.source", "teacher", "pipeline 'FluxPipeline' is not supported; expected StableDiffusionPipeline or"),
     ),
-    Case("truncated weights", lambda b: ["run", b.edit_teacher(UNET, cut)], (f"teacher/{UNET}", "cut short", "its header promises")),
+    Case(
+        "truncated weights",
+        lambda b: ["run", b.edit_teacher(UNET, cut)],
+        ("teacher.source", f"teacher/{UNET}", "cut short", "its header promises"),
+    ),
     Case(
         "weights of nonsense",
         lambda b: ["run", b.edit_teacher(UNET, lambda _: struct.pack("<Q", 4) + b"{{{{")],
-        (f"teacher/{UNET}", "not a safetensors file"),
+        ("teacher.source", f"teacher/{UNET}", "not a safetensors file"),
     ),
     Case(
         "pickled weights",
         as_pickle,
-        ("teacher/unet", "no safetensors weights", "diffusion_pytorch_model.bin", "expected diffusion_pytorch_model.safetensors"),
+        (
+            "teacher.source",
+            "teacher/unet",
+            "no safetensors weights",
+            "diffusion_pytorch_model.bin",
+            "expected diffusion_pytorch_model.safetensors",
+        ),
     ),
     Case(
         "a hub out of reach",
@@ -439,7 +466,7 @@ CASES = (
     Case("an unknown device", lambda b: ["run", b.recipe(), "--device", "tpu"], ("device 'tpu'", "expected cpu, cuda, cuda:0 or mps")),
     Case("no such GPU", lambda b: ["run", b.recipe(), "--device", "cuda:64"], ("device 'cuda:64'", "this machine has", "that torch")),
     Case("no such artifact", lambda _: ["show", "123456"], ("'123456'", "no such artifact in file://")),
-    Case("an ambiguous reference", same_first_digits, ("'abcdef' is ambiguous in file://", "abcdef0000000000 (published_model)")),
+    Case("an ambiguous reference", same_first_digits, ("'abcdef' is ambiguous in file://", "01 (published_model), abcdef")),
     Case(
         "an artifact of another kind",
         lambda b: ["stage", "select", b.recipe(), "--input", f"images={b.published().identity}"],
@@ -487,7 +514,7 @@ CASES = (
     Case(
         "a truncated shard, met by a stage",
         lambda b: reading(b, damage(b, cut)),
-        ("select: its input ingest", "is not on file://", "or not whole", "distill stage ingest"),
+        ("select: the artifact given for ingest (", "is not whole on file://", "see distill verify"),
         code=1,
     ),
     Case(

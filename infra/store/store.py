@@ -102,7 +102,7 @@ class ArtifactStore:
         if not found:
             raise BadInput(f"artifact reference {reference!r}: no such artifact in {self.address}")
         if len(found) > 1:
-            candidates = ", ".join(f"{manifest.identity[:16]} ({manifest.kind})" for manifest in found)
+            candidates = ", ".join(f"{manifest.identity} ({manifest.kind})" for manifest in found)
             raise BadInput(f"artifact reference {reference!r} is ambiguous in {self.address}: {candidates}")
         return found[0]
 

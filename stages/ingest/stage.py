@@ -43,7 +43,7 @@ def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) 
     bound = recipe.select.min_aesthetic
     if bound is not None and recipe.select.aesthetic_predictor is None and not table.has("aesthetic"):
         raise BadInput(
-            f"select.min_aesthetic = {bound:g}: table {outside['table']} has no column with a score; expected one of "
+            f"select.min_aesthetic = {bound:g}: ingest.table {outside['table']} has no column with a score; expected one of "
             f"{', '.join(config.columns.aesthetic)} (recipe: ingest.columns.aesthetic), or select.aesthetic_predictor, or null"
         )
 
@@ -109,7 +109,9 @@ def _chunks(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
 
 def _check_some_passed(metadata: MetadataFilter, address: str) -> None:
     if metadata.seen == sum(metadata.dropped.values()):
-        raise RunFailed(f"table {address}: none of its {metadata.seen} rows passes by its metadata; dropped: {_listed(metadata.counts())}")
+        raise RunFailed(
+            f"ingest.table {address}: none of its {metadata.seen} rows passes by its metadata; dropped: {_listed(metadata.counts())}"
+        )
 
 
 def _check_failures(chunks: list[Chunk], config: IngestConfig, *, final: bool) -> None:
