@@ -56,14 +56,14 @@ def prepare(
     `only` names the one stage that is meant to run; `inputs` are artifacts to read, by the name of the run whose place they take.
     """
     recipe = as_recipe(recipe)
-    found = open_store(store)
     nodes = nodes_of(recipe)
     target = None if only is None else find_node(nodes, only)
+    found = open_store(store)
     given = {_upstream(nodes, target, name): found.resolve(reference).identity for name, reference in (inputs or {}).items()}
     plan = make_plan(recipe, remembered_digest, given)
     surroundings = Surroundings(store=found, device=device) if progress is None else Surroundings(found, device, progress=progress)
     left = tuple(node for node in unfinished(plan, surroundings) if target in (None, node))
-    preflight(left, surroundings)
+    preflight(left, plan, surroundings)
     return Prepared(plan, surroundings, left)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import fsspec
 
+from infra.store.local import DISK_FULL
 from schemas.base import digest
 from schemas.errors import BadInput
 
@@ -87,6 +88,19 @@ def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambd
     if not names:
         raise BadInput(f"{address}: nothing is there; expected a file or a folder")
     return target
+
+
+@contextmanager
+def _reading(address: str) -> Iterator[None]:
+    """Turn what fsspec and the libraries behind it raise for an address that cannot be read into `BadInput`; a full disk stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        # botocore's own errors (no credentials, no endpoint) are no OSErrors, and importing it only to name them takes a second.
+        known = isinstance(error, OSError | ValueError | ImportError) or type(error).__module__.partition(".")[0] == "botocore"
+        if not known or (isinstance(error, OSError) and error.errno in DISK_FULL):
+            raise
+        raise BadInput(f"{address}: cannot be read ({error})") from error
 
 
 def _hub_info(hub: HubModel) -> Any:

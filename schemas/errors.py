@@ -18,7 +18,12 @@ class RunFailed(DistillError):
 
 
 class CorruptArtifact(RunFailed):
-    """Bytes on the store differ from what the manifest promises."""
+    """Bytes on the store differ from what the manifest promises. Where the artifact's identity is known, the message says how to mend it."""
+
+    def __init__(self, message: str, identity: str | None = None) -> None:
+        mend = "" if identity is None else f"\nto have it made again: distill verify {identity[:16]} --remove, then run its recipe"
+        super().__init__(message + mend)
+        self.identity = identity
 
 
 class Transient(DistillError):

@@ -117,16 +117,17 @@ def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mappi
 
     `given` names artifacts by identity that take the place of what the named runs would make. `outside_digest` returns the content digest of an
     outside address (`infra.outside.content_digest`). An identity is the digest of (stage name, stage revision, the configuration's identity
-    fields, seed, digests of the inputs): equal identity, equal artifact.
+    fields, seed, digests of the inputs): equal identity, equal artifact. Raises `BadInput` that names everything outside that cannot be read.
     """
     nodes = nodes_of(recipe)
+    outside = _outside_digests([node for node in nodes if node.name not in (given or {})], outside_digest)
     identities: dict[str, str] = {}
     inputs: dict[str, dict[str, str]] = {}
     for node in nodes:
         if node.name in (given or {}):
             identities[node.name], inputs[node.name] = (given or {})[node.name], {}
             continue
-        digests = {name: outside_digest(address) for name, address in node.outside.items()}
+        digests = dict(outside[node.name])
         for name, source in node.inputs.items():
             if isinstance(source, str):
                 digests[name] = identities[source]
@@ -135,6 +136,20 @@ def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mappi
         inputs[node.name] = digests
         identities[node.name] = identity_of(node, digests)
     return Plan(recipe, nodes, identities, inputs)
+
+
+def _outside_digests(nodes: Sequence[Node], outside_digest: Callable[[str], str]) -> dict[str, dict[str, str]]:
+    digests: dict[str, dict[str, str]] = {node.name: {} for node in nodes}
+    wrong: list[str] = []
+    for node in nodes:
+        for name, address in node.outside.items():
+            try:
+                digests[node.name][name] = outside_digest(address)
+            except BadInput as error:
+                wrong.append(f"{node.name}.{name}: {error}")  # the names of a section and its field in the recipe
+    if wrong:
+        raise BadInput("\n".join(wrong))
+    return digests
 
 
 def identity_of(node: Node, input_digests: Mapping[str, str]) -> str:

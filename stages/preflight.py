@@ -19,15 +19,15 @@ def unfinished(plan: Plan, surroundings: Surroundings) -> tuple[Node, ...]:
     return tuple(node for node in plan.nodes if find_complete(surroundings.store, plan.identities[node.name]) is None)
 
 
-def preflight(nodes: Iterable[Node], surroundings: Surroundings) -> None:
-    """Check what `nodes` need. Raises one `BadInput` that names everything found wrong."""
+def preflight(nodes: Iterable[Node], plan: Plan, surroundings: Surroundings) -> None:
+    """Check what `nodes` of the plan need. Raises one `BadInput` that names everything found wrong."""
     nodes = tuple(nodes)
-    wrong = list(_problems(nodes, surroundings)) if nodes else []
+    wrong = list(_problems(nodes, plan, surroundings)) if nodes else []
     if wrong:
         raise BadInput("\n".join(wrong))
 
 
-def _problems(nodes: tuple[Node, ...], surroundings: Surroundings) -> Iterator[str]:
+def _problems(nodes: tuple[Node, ...], plan: Plan, surroundings: Surroundings) -> Iterator[str]:
     try:
         check_device(surroundings.device)
     except BadInput as error:
@@ -37,7 +37,7 @@ def _problems(nodes: tuple[Node, ...], surroundings: Surroundings) -> Iterator[s
         try:
             check = stage(node.stage).load_preflight()
             if check is not None:
-                check(node.config, node.outside)
+                check(node.config, node.outside, plan.recipe)
         except BadInput as error:
             yield str(error)
 

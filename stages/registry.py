@@ -12,6 +12,7 @@ from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Manifest
+from schemas.recipe import Recipe
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 
 
@@ -33,13 +34,14 @@ class Stage:
         module = self._module()
         return module.run, module.Inputs
 
-    def load_preflight(self) -> Callable[[Any, Mapping[str, str]], None] | None:
+    def load_preflight(self) -> Callable[[Any, Mapping[str, str], Recipe], None] | None:
         """Import the stage and return its check of what must hold before anything runs, None where it has none.
 
-        That is an optional function of the module, `preflight(config, outside)`: it looks at what lies outside the store (`outside`: addresses by
-        name, as in the plan) and at what is installed, in seconds, and raises `BadInput`.
+        That is an optional function of the module, `preflight(config, outside, recipe)`: it looks at what lies outside the store (`outside`:
+        addresses by name, as in the plan) and at what is installed, in seconds, and raises `BadInput`. The recipe tells what later stages will
+        ask of what this one brings.
         """
-        check: Callable[[Any, Mapping[str, str]], None] | None = getattr(self._module(), "preflight", None)
+        check: Callable[[Any, Mapping[str, str], Recipe], None] | None = getattr(self._module(), "preflight", None)
         return check
 
     def _module(self) -> Any:

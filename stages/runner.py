@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from infra.progress import NullProgress, Progress
 from infra.provenance import describe_host, library_versions, source_revision
 from infra.store import ArtifactStore
+from infra.store.local import is_disk_full
 from schemas.base import Model
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Lineage, Manifest, Teacher
@@ -67,15 +68,21 @@ def find_complete(store: ArtifactStore, identity: str) -> Manifest | None:
         return None
     if store.is_complete(manifest):
         return manifest
-    logger.warning("artifact %s: objects are missing on the store; it will be made again", identity[:12])
+    logger.warning("artifact %s: objects are missing on the store, or cut short: taken as not made", identity[:12])
     return None
 
 
 def _required(store: ArtifactStore, plan: Plan, name: str, reader: Node) -> Manifest:
     manifest = find_complete(store, plan.identities[name])
     if manifest is None:
+        identity = plan.identities[name]
+        if not plan.input_digests[name]:  # given, so no stage of this recipe makes it
+            raise RunFailed(
+                f"{reader.name}: the artifact given for {name} ({identity[:12]}) is not whole on {store.address}; see distill verify {identity[:16]}"
+            )
         raise RunFailed(
-            f"{reader.name}: its input {name} ({plan.identities[name][:12]}) is not on {store.address}; run that stage first: distill stage {name}"
+            f"{reader.name}: its input {name} ({plan.identities[name][:12]}) is not on {store.address}, or not whole; "
+            f"run that stage first: distill stage {name}"
         )
     return manifest
 
@@ -101,6 +108,10 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 started=started,
             )
             manifest = run(node.config, inputs, workspace)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise RunFailed(f"{node.name}: disk full while working in {scratch} ({error}): free space, and run again") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if manifest.kind not in kind.makes:

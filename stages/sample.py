@@ -35,7 +35,7 @@ def open_published(reference: str, store: ArtifactStore | None = None) -> Path:
         raise BadInput(f"{reference}: no such folder; expected a published model, or an artifact reference and a store")
     manifest = store.resolve(reference)
     if manifest.kind != "published_model":
-        raise BadInput(f"{reference}: is a {manifest.kind}, expected a published_model")
+        raise BadInput(f"{reference}: is an artifact of the kind {manifest.kind}, expected published_model")
     return store.fetch(manifest)
 
 

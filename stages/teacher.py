@@ -4,13 +4,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from infra.outside import HubModel, content_digest, local_copy
 from schemas.base import Model, digest
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Manifest, Teacher
+from schemas.recipe import Recipe
 from schemas.teacher import TeacherConfig
 from stages.diffusion.facts import MODEL_INDEX, components, inspect
 from stages.diffusion.weights import find_weights
@@ -26,13 +28,18 @@ class Inputs(Model):
     """Nothing from the store: the pipeline lies outside."""
 
 
-def preflight(config: TeacherConfig, outside: Mapping[str, str]) -> None:
-    """Inspect a pipeline on this machine without loading it. Raises `BadInput` as `run` does; one that lies elsewhere is looked at when it comes."""
+def preflight(config: TeacherConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
+    """Inspect a pipeline on this machine without loading it. Raises `BadInput` as `run` does, and as `encode` does for a resolution that its VAE
+    cannot take; one that lies elsewhere is looked at when it comes."""
     folder = Path(outside["source"].removeprefix("file://"))
+    if folder.is_file():
+        raise _is_a_file(outside["source"])
     if folder.is_dir():
-        pipeline_files(folder, config.variant)
-        if config.variant is None:
-            inspect(folder)
+        with _said_of_the_source():
+            pipeline_files(folder, config.variant)
+            facts = inspect(folder) if config.variant is None else None
+        if facts is not None:
+            check_resolution(recipe.encode.resolution_px or facts.resolution, facts.resolution // facts.latent_shape[1])
 
 
 def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Teacher]:  # noqa: ARG001  # every stage's signature
@@ -48,15 +55,36 @@ def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest
     with workspace.folder("download") as download, workspace.folder("teacher") as target:
         source = local_copy(address, download, lambda path: is_wanted(path, config.variant))
         if not source.is_dir():
-            raise BadInput(f"{address}: found a file, expected a pipeline folder in diffusers layout")
-        files = pipeline_files(source, config.variant)
+            raise _is_a_file(address)
+        with _said_of_the_source():
+            files = pipeline_files(source, config.variant)
         for done, (name, path) in enumerate(sorted(files.items()), start=1):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             _copy(path, target / name, config.variant)
             workspace.progress.update(done, len(files), "files")
-        content = describe(target)
+        with _said_of_the_source():
+            content = describe(target)
         logger.info("%s: %s, %s, %d px", address, content.architecture, content.prediction_type, content.resolution)
         return Manifest[Teacher].model_validate(workspace.publish(target, content).model_dump())
+
+
+def check_resolution(side: int, downscale: int) -> None:
+    """Raise `BadInput` for a training resolution (pixels) that is no multiple of the VAE's factor."""
+    if side % downscale:
+        raise BadInput(f"encode.resolution_px = {side}: expected a multiple of {downscale}, the VAE's factor")
+
+
+@contextmanager
+def _said_of_the_source() -> Iterator[None]:
+    """Put the recipe's field before what is wrong with the pipeline it names."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"teacher.source: {error}") from error
+
+
+def _is_a_file(address: str) -> BadInput:
+    return BadInput(f"teacher.source: {address}: found a file, expected a pipeline folder in diffusers layout")
 
 
 def describe(folder: Path) -> Teacher:

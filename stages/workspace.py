@@ -17,6 +17,7 @@ from pydantic import JsonValue
 
 from infra.progress import NullProgress, Progress
 from infra.store import ArtifactStore, Part
+from schemas.errors import CorruptArtifact
 from schemas.manifest import C, Cost, Lineage, Manifest
 
 
@@ -68,8 +69,12 @@ class Workspace:
         return self.store.parts(self.identity)
 
     def load_part(self, part: Part, destination: Path) -> Path:
-        """Copy a piece into `destination`, verified."""
-        return self.store.load_part(self.identity, part, destination)
+        """Copy a piece into `destination`, verified. A damaged one is removed, so that the next run makes it again; raises `CorruptArtifact`."""
+        try:
+            return self.store.load_part(self.identity, part, destination)
+        except CorruptArtifact as error:
+            self.delete_parts([part.name])
+            raise CorruptArtifact(f"{error}\nthis finished piece of an unfinished stage is removed: run the same command again") from error
 
     def delete_parts(self, names: Sequence[str]) -> None:
         """Delete pieces by name."""

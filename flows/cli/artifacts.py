@@ -8,7 +8,9 @@ from rich.table import Table
 
 from flows.cli.console import output
 from flows.cli.options import ArtifactReference, Store
+from infra.store import ArtifactStore
 from schemas.errors import CorruptArtifact
+from schemas.manifest import Manifest
 
 
 def register(app: typer.Typer) -> None:
@@ -50,18 +52,35 @@ def show(
     output.print(f"{len(manifest.files)} files, {size(manifest.bytes)}, on {opened.address}")
 
 
-def verify(artifact: ArtifactReference, store: Store = None) -> None:
-    """Read and hash every file of an artifact again. Exit code 1 when one is damaged or missing."""
+def verify(
+    artifact: ArtifactReference,
+    store: Store = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Delete the artifact if it is damaged. The next run of its recipe makes it again.")
+    ] = False,
+) -> None:
+    """Read and hash every file of an artifact again. Exit code 1 when one is damaged or missing, unless it was removed."""
     from flows.preparation import open_store
 
     opened = open_store(store)
-    manifest = opened.resolve(artifact)
-    problems = opened.verify(manifest)
+    try:
+        manifest = _sound(opened, artifact)
+    except CorruptArtifact as damage:
+        if not remove or damage.identity is None:
+            raise
+        opened.remove(damage.identity)
+        output.print(f"{damage.identity}: was damaged and is removed; the next run of its recipe makes it again")
+    else:
+        output.print(f"{manifest.identity}: {len(manifest.files)} files are as the manifest says")
+
+
+def _sound(store: ArtifactStore, reference: str) -> Manifest:
+    manifest = store.resolve(reference)
+    problems = store.verify(manifest)
     if problems:
-        raise CorruptArtifact(
-            f"artifact {manifest.identity[:12]} ({manifest.kind}) on {opened.address} is damaged:\n  " + "\n  ".join(problems)
-        )
-    output.print(f"{manifest.identity}: {len(manifest.files)} files are as the manifest says")
+        what = f"artifact {manifest.identity[:12]} ({manifest.kind}) on {store.address}"
+        raise CorruptArtifact(f"{what} is damaged:\n  " + "\n  ".join(problems), manifest.identity)
+    return manifest
 
 
 def gc(

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ from schemas.errors import BadInput, RunFailed
 CHUNK_BYTES = 8 * 2**20
 TEMPORARY = ".tmp"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True for the operating system's "no space left", as Python says it or as libraries in Rust (safetensors) do."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return (error.errno if isinstance(error, OSError) else int(said[1]) if said else None) in DISK_FULL
 
 
 def disk_error(error: OSError, path: Path) -> Exception:

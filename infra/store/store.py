@@ -82,9 +82,11 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise CorruptArtifact(f"{self.address}/{key} is not a manifest of this version: {error}") from error
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise CorruptArtifact(f"{self.address}/{key} is not a manifest of this version ({place}: {first['msg']})", identity) from error
         if manifest.identity != identity:
-            raise CorruptArtifact(f"{self.address}/{key} is the manifest of {manifest.identity}")
+            raise CorruptArtifact(f"{self.address}/{key} is the manifest of {manifest.identity}", identity)
         return manifest
 
     def resolve(self, reference: str) -> Manifest:
@@ -100,7 +102,7 @@ class ArtifactStore:
         if not found:
             raise BadInput(f"artifact reference {reference!r}: no such artifact in {self.address}")
         if len(found) > 1:
-            candidates = ", ".join(f"{manifest.identity[:16]} ({manifest.kind})" for manifest in found)
+            candidates = ", ".join(f"{manifest.identity} ({manifest.kind})" for manifest in found)
             raise BadInput(f"artifact reference {reference!r} is ambiguous in {self.address}: {candidates}")
         return found[0]
 
@@ -189,7 +191,8 @@ class ArtifactStore:
             def bring(entry: FileEntry) -> None:
                 target = folder / entry.path
                 if _size(target) is None or not self._is_sound(name, target, entry):
-                    transfer.download(self._storage, prefix, entry, (self._cache.temporary(), target), pool, shared=True)
+                    way = (self._cache.temporary(), target)
+                    transfer.download(self._storage, prefix, entry, way, pool, shared=True, identity=manifest.identity)
                 self._cache.mark_verified(name, entry.path)
 
             transfer.in_parallel(bring, entries, self._workers)
@@ -219,15 +222,15 @@ class ArtifactStore:
         try:
             return dict(zip(names, transfer.in_parallel(tensor, names, self._workers), strict=True))
         except ValueError as error:
-            raise CorruptArtifact(f"{self._where(manifest, path)}: {error}") from error
+            raise CorruptArtifact(f"{self._where(manifest, path)}: {error}", manifest.identity) from error
 
     def _header(self, manifest: Manifest, path: str) -> safetensors_header.Header:
         try:
             return safetensors_header.read_header(self._reader(manifest, path))
         except FileNotFoundError as error:
-            raise CorruptArtifact(f"{self._where(manifest, path)}: no such object") from error
+            raise CorruptArtifact(f"{self._where(manifest, path)}: no such object", manifest.identity) from error
         except ValueError as error:
-            raise CorruptArtifact(f"{self._where(manifest, path)}: {error}") from error
+            raise CorruptArtifact(f"{self._where(manifest, path)}: {error}", manifest.identity) from error
 
     def _reader(self, manifest: Manifest, path: str) -> safetensors_header.ReadRange:
         entry = self._entry(manifest, path)

@@ -131,10 +131,19 @@ def difference(entry: FileEntry, size: int, sha256: str) -> str | None:
     return None
 
 
-def download(storage: Storage, prefix: str, entry: FileEntry, way: tuple[Path, Path], pool: ThreadPoolExecutor, *, shared: bool) -> None:
+def download(
+    storage: Storage,
+    prefix: str,
+    entry: FileEntry,
+    way: tuple[Path, Path],
+    pool: ThreadPoolExecutor,
+    *,
+    shared: bool,
+    identity: str | None = None,
+) -> None:
     """Bring one file over `way` (temporary name, final name), whole and verified or not at all.
 
-    A `shared` file is read-only, and may be another name of the store's own.
+    A `shared` file is read-only, and may be another name of the store's own. `identity` is that of the artifact it belongs to, if any.
 
     Raises `CorruptArtifact` naming the file, what was expected and what was found; `RunFailed` when the disk is full.
     """
@@ -147,7 +156,7 @@ def download(storage: Storage, prefix: str, entry: FileEntry, way: tuple[Path, P
                 break
             temporary.unlink(missing_ok=True)
             if last:  # wrong twice: not the way's fault
-                raise CorruptArtifact(f"{storage.address}/{prefix} is damaged: {wrong}")
+                raise CorruptArtifact(f"{storage.address}/{prefix} is damaged: {wrong}", identity)
         if shared:
             temporary.chmod(0o444)
         target.parent.mkdir(parents=True, exist_ok=True)

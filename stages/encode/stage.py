@@ -23,6 +23,7 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.encode.crop import Crop, centre_crop, crop_pixels
 from stages.pictures import BrokenPictureError, decode_rgb
 from stages.shards import Place, Sample, index_shard, shard_paths
+from stages.teacher import check_resolution
 from stages.workspace import Workspace
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,8 +65,7 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
     images = workspace.fetch(inputs.images)
     teacher = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device, vae_dtype=_DTYPES[config.vae_dtype])
     side = config.resolution_px or teacher.resolution
-    if side % teacher.downscale:
-        raise BadInput(f"encode.resolution_px = {side}: expected a multiple of {teacher.downscale}, the VAE's factor")
+    check_resolution(side, teacher.downscale)
     _check_sizes(images, side)
     places = [place for shard in shard_paths(images) for place in index_shard(shard)]
     places.sort(key=lambda place: _shuffled(workspace.seed, place.key))

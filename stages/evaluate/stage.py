@@ -18,6 +18,7 @@ from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
 from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
+from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.curves import Curve, read_curves
@@ -51,7 +52,7 @@ class Inputs(Model):
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
 
 
-def preflight(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
+def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for the extractor's packages and at a prompts file on this machine, hours before they are needed. Raises `BadInput`."""
     extractor_spec(config.extractor)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):

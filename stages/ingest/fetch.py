@@ -1,6 +1,7 @@
 """Fetching one chunk of rows with img2dataset in processes of its own, and what it says became of each row."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -47,11 +48,18 @@ class Fetched:
             return stream.read(self.size)
 
 
+def check_installed() -> None:
+    """Raise `BadInput` when img2dataset is not installed. It is not imported here: that takes seconds."""
+    if importlib.util.find_spec("img2dataset") is None:
+        raise BadInput("ingest: img2dataset is not installed; expected the extra: pip install 'diffusion-distillery[data]'")
+
+
 def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path) -> list[list[Fetched]]:
     """Download the `url` of every row and return what became of each, one list for each tar that img2dataset wrote below `folder`.
 
     Raises `BadInput` when img2dataset is not installed, and `RunFailed` when it ends badly or leaves rows without a word.
     """
+    check_installed()
     pq.write_table(rows.select(["row", "url"]), folder / "urls.parquet")
     output = folder / "downloaded"
     # Several tars for each process, so that none of them waits for the last one; what is in which does not matter, we sort.
@@ -116,8 +124,6 @@ def _run(options: Path) -> str:
         process.stdin.close()
         process.stdout.close()
     lines = "\n".join(last)
-    if "No module named 'img2dataset'" in lines:
-        raise BadInput("ingest needs img2dataset: install the extra `data` (pip install 'diffusion-distillery[data]')")
     if status != 0:
         raise RunFailed(f"img2dataset ended with status {status}; its last lines:\n{lines}")
     return lines

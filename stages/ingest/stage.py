@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 
 from schemas.base import Model
 from schemas.data import IngestConfig
-from schemas.errors import RunFailed
+from schemas.errors import BadInput, RunFailed
 from schemas.manifest import ImageShards, Manifest
+from schemas.recipe import Recipe
+from stages.ingest.fetch import check_installed
 from stages.ingest.repack import FAILURES_SCHEMA, ROWS_SCHEMA, Chunk, make_chunk
 from stages.ingest.rules import MetadataFilter
 from stages.ingest.table import ROW_SCHEMA, UrlTable
@@ -29,9 +31,21 @@ class Inputs(Model):
     """`ingest` reads no artifact."""
 
 
-def preflight(config: IngestConfig, outside: Mapping[str, str]) -> None:
-    """Read the first rows of the table. Raises `BadInput` when it cannot be read or lacks a column."""
-    next(UrlTable(outside["table"], config.columns).batches(), None)
+def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
+    """Look for img2dataset, and read the first rows of the table.
+
+    Raises `BadInput` when that is not installed, when the table cannot be read or lacks a column, and when `select` will ask for an aesthetic
+    score that neither the table has nor a predictor gives: every picture would be downloaded to be dropped.
+    """
+    check_installed()
+    table = UrlTable(outside["table"], config.columns)
+    next(table.batches(), None)
+    bound = recipe.select.min_aesthetic
+    if bound is not None and recipe.select.aesthetic_predictor is None and not table.has("aesthetic"):
+        raise BadInput(
+            f"select.min_aesthetic = {bound:g}: ingest.table {outside['table']} has no column with a score; expected one of "
+            f"{', '.join(config.columns.aesthetic)} (recipe: ingest.columns.aesthetic), or select.aesthetic_predictor, or null"
+        )
 
 
 def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[ImageShards]:  # noqa: ARG001
@@ -95,7 +109,9 @@ def _chunks(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
 
 def _check_some_passed(metadata: MetadataFilter, address: str) -> None:
     if metadata.seen == sum(metadata.dropped.values()):
-        raise RunFailed(f"table {address}: none of its {metadata.seen} rows passes by its metadata; dropped: {_listed(metadata.counts())}")
+        raise RunFailed(
+            f"ingest.table {address}: none of its {metadata.seen} rows passes by its metadata; dropped: {_listed(metadata.counts())}"
+        )
 
 
 def _check_failures(chunks: list[Chunk], config: IngestConfig, *, final: bool) -> None:

@@ -53,7 +53,7 @@ class _Columns:
                 names[field] = found
             elif field in _TEXT:
                 raise BadInput(
-                    f"table {file}: no column for the {field}; found {', '.join(available) or 'none'}; "
+                    f"ingest.table {file}: no column for the {field}; found {', '.join(available) or 'none'}; "
                     f"expected one of {', '.join(candidates) or '(no names given)'} (recipe: ingest.columns.{field})"
                 )
         return cls(names)
@@ -69,13 +69,13 @@ class UrlTable:
             self._system, path = fsspec.core.url_to_fs(address)
             self._files = self._list(path)
         except (OSError, ValueError, ImportError) as error:
-            raise BadInput(f"table {address}: cannot be read ({error})") from error
+            raise BadInput(f"ingest.table {address}: cannot be read ({error})") from error
         self.rows: int | None = None
         """Rows in the table where its files say so without being read (parquet)."""
         if all(file.endswith(".parquet") for file in self._files):
             self.rows = sum(self._parquet_rows(file) for file in self._files)
             if self.rows == 0:
-                raise BadInput(f"table {address}: has no rows")
+                raise BadInput(f"ingest.table {address}: has no rows")
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows. Raises `BadInput` naming file and column for values that are not what their column should hold, or no rows at all."""
@@ -86,17 +86,23 @@ class UrlTable:
                     yield self._mapped(batch, row, file)
                     row += batch.num_rows
         if row == 0:
-            raise BadInput(f"table {self.address}: has no rows")
+            raise BadInput(f"ingest.table {self.address}: has no rows")
+
+    def has(self, field: str) -> bool:
+        """Whether any file of the table has a column for our `field`. Reads their first blocks."""
+        return any(field in self._columns(file).names for file in self._files)
 
     def _list(self, path: str) -> list[str]:
         if self._system.isfile(path):
             if PurePosixPath(path).suffix not in (".parquet", ".csv"):
-                raise BadInput(f"table {self.address}: expected a .parquet or .csv file, or a folder of .parquet files")
+                raise BadInput(f"ingest.table {self.address}: expected a .parquet or .csv file, or a folder of .parquet files")
             return [path]
         inside = [name for name in self._system.find(path) if name.endswith(".parquet")]
         files = sorted(name for name in inside if not any(part.startswith(".") for part in name[len(path) :].split("/")))
         if not files:
-            raise BadInput(f"table {self.address}: nothing to read; expected a .parquet or .csv file, or a folder with .parquet files")
+            raise BadInput(
+                f"ingest.table {self.address}: nothing to read; expected a .parquet or .csv file, or a folder with .parquet files"
+            )
         return files
 
     def _parquet_rows(self, file: str) -> int:
@@ -106,7 +112,18 @@ class UrlTable:
                 _Columns.find(parquet.schema_arrow.names, self.columns, file)
                 return int(parquet.metadata.num_rows)
         except (pa.ArrowException, OSError) as error:
-            raise BadInput(f"table {file}: not a readable parquet file ({error})") from error
+            raise BadInput(f"ingest.table {file}: not a readable parquet file ({error})") from error
+
+    def _columns(self, file: str) -> _Columns:
+        try:
+            with self._open(file) as stream:
+                if file.endswith(".parquet"):
+                    available = pq.read_schema(stream).names
+                else:
+                    available = pyarrow.csv.open_csv(stream, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)).schema.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"ingest.table {file}: cannot be read ({error})") from error
+        return _Columns.find(available, self.columns, file)
 
     def _open(self, file: str) -> AbstractContextManager[Any]:
         stream: AbstractContextManager[Any] = self._system.open(file, "rb")
@@ -119,7 +136,7 @@ class UrlTable:
                 names = _Columns.find(parquet.schema_arrow.names, self.columns, file).names
                 yield from parquet.iter_batches(BATCH_ROWS, columns=sorted(set(names.values())))
         except (pa.ArrowException, OSError) as error:
-            raise BadInput(f"table {file}: cannot be read ({error})") from error
+            raise BadInput(f"ingest.table {file}: cannot be read ({error})") from error
 
     def _csv_batches(self, file: str) -> Iterator[pa.RecordBatch]:
         # Every column is read as text and cast later: a type guessed from the first block may not fit the last.
@@ -135,7 +152,7 @@ class UrlTable:
             with self._open(file) as stream:
                 yield from pyarrow.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"table {file}: not a readable csv file ({error})") from error
+            raise BadInput(f"ingest.table {file}: not a readable csv file ({error})") from error
 
     def _mapped(self, batch: pa.RecordBatch, first_row: int, file: str) -> pa.RecordBatch:
         names = _Columns.find(batch.schema.names, self.columns, file).names
@@ -149,5 +166,5 @@ class UrlTable:
             try:
                 arrays.append(pc.cast(column, wanted, safe=field in _TEXT))
             except pa.ArrowException as error:
-                raise BadInput(f"table {file}: column {names[field]} cannot be read as {wanted} ({error})") from error
+                raise BadInput(f"ingest.table {file}: column {names[field]} cannot be read as {wanted} ({error})") from error
         return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)

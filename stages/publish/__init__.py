@@ -5,6 +5,6 @@ from infra.torchvision_ops import define_missing_ops
 define_missing_ops()
 
 from stages.publish.export import export_folder  # noqa: E402
-from stages.publish.stage import Inputs, run  # noqa: E402
+from stages.publish.stage import Inputs, preflight, run  # noqa: E402
 
-__all__ = ["Inputs", "export_folder", "run"]
+__all__ = ["Inputs", "export_folder", "preflight", "run"]

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from schemas.base import Model
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Evaluation, Manifest, PublishedModel, StudentLoRA, StudentUNet, Teacher
+from schemas.recipe import Recipe
 from stages.diffusion.facts import read_config
 from stages.evaluate.schedulers import checked_scheduler
 from stages.publish.card import render_card
@@ -27,6 +29,12 @@ class Inputs(Model):
     teacher: Manifest[Teacher]
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
     evaluation: Manifest[Evaluation]
+
+
+def preflight(config: PublishConfig, _outside: Mapping[str, str], _recipe: Recipe) -> None:
+    """Look at the destination hours before it is written to. Raises `BadInput` where something else lies there."""
+    if config.destination is not None:
+        check_destination(config.destination)
 
 
 def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest[PublishedModel]:

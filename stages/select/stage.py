@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from infra.outside import local_copy
 from schemas.base import Model
 from schemas.data import SelectConfig
-from schemas.errors import RunFailed
+from schemas.errors import BadInput, RunFailed
 from schemas.manifest import ImageShards, Manifest, Selection
+from schemas.recipe import Recipe
 from stages.parallel import map_processes
 from stages.select.criteria import counts, verdicts
 from stages.select.measure import MEASUREMENTS, measure_shard
@@ -34,6 +35,16 @@ class Inputs(Model):
     """What `select` reads."""
 
     images: Manifest[ImageShards]
+
+
+def preflight(config: SelectConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
+    """Look for the files of an aesthetic predictor on this machine. Raises `BadInput`; what is in them is looked at when it is loaded."""
+    if "aesthetic_predictor" not in outside or config.min_aesthetic is None:
+        return
+    folder = Path(outside["aesthetic_predictor"].removeprefix("file://"))
+    missing = [name for name in ("config.json", "head.safetensors") if folder.exists() and not (folder / name).is_file()]
+    if missing:
+        raise BadInput(f"select.aesthetic_predictor {folder}: {', '.join(missing)} missing; expected a CLIP model and head.safetensors")
 
 
 def run(config: SelectConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Selection]:

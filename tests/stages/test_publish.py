@@ -150,7 +150,7 @@ def test_sample_names_the_variants_where_none_or_several_fit(published: Publishe
 def test_a_published_model_is_found_on_the_store(published: Published, tmp_path: Path) -> None:
     store = published.chain.store
     assert open_published(published.manifest.identity[:12], store) == published.folder
-    with pytest.raises(BadInput, match="is a teacher, expected a published_model"):
+    with pytest.raises(BadInput, match="of the kind teacher, expected published_model"):
         open_published(published.chain.teacher.identity, store)
     with pytest.raises(BadInput, match="expected a folder made by the stage publish"):
         sample(tmp_path, "x", steps=4)

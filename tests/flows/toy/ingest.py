@@ -7,6 +7,7 @@ from schemas.base import Model
 from schemas.data import IngestConfig
 from schemas.errors import BadInput
 from schemas.manifest import ImageShards, Manifest
+from schemas.recipe import Recipe
 from stages.workspace import Workspace
 from tests.flows.toy import note_run
 
@@ -15,8 +16,13 @@ class Inputs(Model):
     pass
 
 
+<<<<<<< HEAD
 def preflight(config: IngestConfig, outside: Mapping[str, str]) -> None:
     if "url" not in Path(outside["table"]).read_text(errors="replace"):
+=======
+def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
+    if "url" not in Path(outside["table"]).read_text():
+>>>>>>> refs/heads/bad
         raise BadInput(f"{outside['table']}: has no column url")
 
 
