@@ -9,16 +9,11 @@ from rich.logging import RichHandler
 from flows.environment import server_is_configured
 from schemas.errors import DistillError
 
-<<<<<<< HEAD
-output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-=======
 # No markup: a path or a sentence with [brackets] in it, such as the extras of a package, is text.
 output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
->>>>>>> refs/heads/bad
 
 
 class Stopped(BaseException):

@@ -16,13 +16,8 @@ class Inputs(Model):
     pass
 
 
-<<<<<<< HEAD
-def preflight(config: IngestConfig, outside: Mapping[str, str]) -> None:
-    if "url" not in Path(outside["table"]).read_text(errors="replace"):
-=======
 def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
-    if "url" not in Path(outside["table"]).read_text():
->>>>>>> refs/heads/bad
+    if "url" not in Path(outside["table"]).read_text(errors="replace"):
         raise BadInput(f"{outside['table']}: has no column url")
 
 
