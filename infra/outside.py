@@ -139,19 +139,6 @@ def _hub_errors(hub: HubModel) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _reading(address: str) -> Iterator[None]:
-    """Turn what goes wrong at an address into `BadInput`: an unknown scheme, a missing package, no credentials, no permission."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        raise BadInput(f"{address}: cannot be read ({error})") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] != "botocore":  # its errors have no base among Python's, and its import is slow
-            raise
-        raise BadInput(f"{address}: cannot be read ({error})") from error
-
-
 def _file_digest(system: fsspec.AbstractFileSystem, path: str) -> str:
     hasher = hashlib.sha256()
     with system.open(path, "rb") as stream:

@@ -13,8 +13,6 @@ from schemas.errors import DistillError
 output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
-
 
 class Stopped(BaseException):
     """SIGTERM arrived. Raised in the main thread, so that a training loop saves its checkpoint on the way out."""
