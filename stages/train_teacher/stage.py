@@ -75,7 +75,11 @@ def run(config: TrainTeacherConfig, inputs: Inputs, workspace: Workspace) -> Man
 
     with workspace.folder("pipeline") as folder:
         pipeline = assemble_pipeline(vae, text_encoders, tokenizers, unet, config.prediction_type)
-        pipeline.to(device="cpu", dtype=getattr(torch, config.storage_dtype)).save_pretrained(folder, safe_serialization=True)
+        pipeline.to("cpu")
+        for network in (vae, unet):
+            network.to(getattr(torch, config.storage_dtype))
+        # Text encoders stay in float32: transformers loads them in the type they were saved in, diffusers the others in float32.
+        pipeline.save_pretrained(folder, safe_serialization=True)
         facts = inspect(folder)
         content = Teacher(
             architecture=facts.architecture,
