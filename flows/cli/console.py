@@ -31,14 +31,26 @@ class _Named(logging.Formatter):
 class _Quiet(_Named):
     """Leaves out tracebacks of errors that say all in their one sentence. The run's page in Prefect keeps them."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler's text of the same traceback
+        return super().format(record)
+
     def formatException(self, ei: ExcInfo) -> str:  # noqa: N802 - the standard library's name
         return "" if isinstance(ei[1], DistillError | KeyboardInterrupt | Stopped) else super().formatException(ei)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Prefect says of the error that the command itself ends with. The run's page in Prefect keeps it."""
+    repeated = ("Encountered exception during execution", "Finished in state Failed(")
+    return not (record.name.startswith("prefect") and record.getMessage().startswith(repeated))
 
 
 def set_up_logging(verbose: int, *, debug: bool) -> None:
     """Send all logging to stderr, our own from INFO, with `verbose` 1 from DEBUG, with 2 also that of libraries."""
     handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
     handler.setFormatter(_Named() if debug else _Quiet())
+    if not debug:
+        handler.addFilter(_is_news)
     if not server_is_configured():  # the embedded server has no pages, and ends with the command
         handler.addFilter(lambda record: not str(record.msg).startswith("View at "))
     logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.WARNING, handlers=[handler], force=True)

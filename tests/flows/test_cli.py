@@ -194,6 +194,15 @@ def test_exit_codes_of_a_stage_that_fails(chain: ToyChain, capsys: pytest.Captur
     assert ("Traceback" in shown) == (error == "ZeroDivisionError")
 
 
+@pytest.mark.service
+def test_a_failed_run_says_so_once(chain: ToyChain, prefect_server: str) -> None:
+    chain.fail("select", "RunFailed")
+    code, output, shown = chain.run("run", chain.recipe_file(), server=prefect_server)
+    assert (code, output) == (1, "") and "Traceback" not in shown, shown
+    assert shown.count("select was told to") == 1 and shown.splitlines()[-1] == "error: select was told to", shown
+    assert chain.runs() == ["ingest", "select"]
+
+
 def test_debug_shows_where_an_error_comes_from(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
     assert distill("plan", "missing.yaml", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
