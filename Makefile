@@ -4,6 +4,9 @@
 .PHONY: demo teacher test check install clean
 .DEFAULT_GOAL := test
 
+# Without bytecode every process that a test starts would compile torch and diffusers anew, ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
+
 INSTALLED := .venv/.installed
 empty :=
 comma := ,

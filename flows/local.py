@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flows.environment import server_is_configured
 from flows.preparation import prepare
 from flows.server import EmbeddedServer
 from infra.store import ArtifactStore
@@ -27,12 +28,14 @@ def run_here(recipe: Recipe, store: str | None = None, device: str = "cpu") -> F
     The published folder is exported to `publish.destination` also where `publish` was found finished: a destination is no part of the result.
     """
     prepared = prepare(recipe, store, device)  # before Prefect: a mistake is told within seconds, without a failed run to look at
-    server = EmbeddedServer().start()
-    from flows.chain import distill_chain  # noqa: PLC0415 - imports Prefect, which reads the server's address then
-
-    server.wait()
     opened = prepared.surroundings.store
-    identities = distill_chain(recipe, opened.address, device)
+    identities = prepared.plan.identities
+    if prepared.unfinished or server_is_configured():  # else there is neither work nor anybody to show it to
+        server = EmbeddedServer().start()
+        from flows.chain import distill_chain  # noqa: PLC0415 - imports Prefect, which reads the server's address then
+
+        server.wait()
+        identities = distill_chain(recipe, opened.address, device)
     manifests = {name: manifest for name, identity in identities.items() if (manifest := opened.find(identity)) is not None}
     made = frozenset(node.name for node in prepared.unfinished)
     if recipe.publish is not None and recipe.publish.destination is not None and "publish" not in made:

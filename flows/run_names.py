@@ -22,4 +22,6 @@ def _recipe_name(parameters: dict[str, Any]) -> str:
     recipe = parameters.get("recipe")
     if isinstance(recipe, Recipe):
         return recipe.name
-    return str(recipe.get("name", "recipe")) if isinstance(recipe, dict) else Path(str(recipe)).stem
+    if isinstance(recipe, dict):
+        return str(recipe.get("name", "recipe"))
+    return Path(recipe).stem if isinstance(recipe, str) else "tiny"

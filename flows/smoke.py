@@ -1,20 +1,28 @@
 """The tiny recipe from end to end, with every byte it made read again: for a nightly schedule and for CI."""
 
-from pathlib import Path
-
 from prefect import Flow
 
-from flows.chain import DEVICE, RECIPE, STORE, described, run_chain
+from flows.chain import DEVICE, STORE, described, run_chain
+from flows.demo import FOLDER, PROJECT
 from flows.preparation import prepare
 from flows.run_names import recipe_run_name
 from flows.tasks import stage_progress
+from infra.demo.server import serve
+from infra.demo.table import make_collection
 from schemas.errors import CorruptArtifact
+from schemas.loading import load_recipe
 from schemas.recipe import Recipe
 
-TINY = str(Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml")
+
+def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device: str = "cpu") -> dict[str, str]:
+    if recipe is not None:
+        return _verified(recipe, store, device)
+    collection = make_collection(FOLDER.absolute())
+    with serve(collection.pictures, collection.port):
+        return _verified(load_recipe(PROJECT / "recipes" / "tiny.yaml", [f"ingest.table={collection.table}"]), store, device)
 
 
-def _smoke(recipe: Recipe | str = TINY, store: str | None = None, device: str = "cpu") -> dict[str, str]:
+def _verified(recipe: Recipe | str, store: str | None, device: str) -> dict[str, str]:
     prepared = prepare(recipe, store, device, progress=stage_progress)
     manifests = run_chain(prepared)
     damaged = [f"{name}: {problem}" for name, manifest in manifests.items() for problem in prepared.surroundings.store.verify(manifest)]
@@ -25,7 +33,7 @@ def _smoke(recipe: Recipe | str = TINY, store: str | None = None, device: str = 
 
 _smoke.__doc__ = described(
     "Run the chain on the tiny recipe and verify every file of every artifact; fails naming what is damaged.",
-    recipe=RECIPE,
+    recipe="The recipe, or the path of a recipe file. Empty: the tiny recipe, on pictures that are drawn and served here.",
     store=STORE,
     device=DEVICE,
 )

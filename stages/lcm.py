@@ -1,7 +1,7 @@
 """Stage `lcm`: latent consistency distillation of a LoRA (LCM, arXiv 2310.04378; LCM-LoRA, arXiv 2311.05556)."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from schemas.lcm import LcmConfig
 from schemas.manifest import Latents, Manifest, StudentLoRA, Teacher
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, predict
-from stages.diffusion.lora import add_lora
+from stages.diffusion.lora import add_lora, lora_layers, without_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.schedule import ddim_solver_timesteps, lcm_timesteps
 from stages.diffusion.solvers import boundary_scalings, consistency, ddim_move
 from stages.latents import LatentSet
-from stages.students import check_teacher, save_student, trainable, trained_tensors
+from stages.students import check_teacher, ready_for_training, save_student, trainable, trained_tensors
 from stages.training import Draw, Method, Player, train
 from stages.training.latent_batches import LatentBatch, reader
 from stages.training.randomness import derive_seed
@@ -40,10 +40,8 @@ def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     base = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device).denoiser()
     unet = base.unet
     add_lora(unet, config.lora_rank, config.lora_alpha, seed=derive_seed(seed, "lora"))
-    unet.train()
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-
+    ready_for_training(unet, gradient_checkpointing=config.gradient_checkpointing)
+    layers = lora_layers(unet)
     method = ConsistencyDistillation(
         config,
         teacher=base,
@@ -51,7 +49,7 @@ def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
         parameters=trainable(unet),
         tensors=trained_tensors(unet),
         unconditional=latents.unconditional(1),
-        as_teacher=lambda: without_lora(unet),
+        as_teacher=lambda: without_lora(layers),
     )
     rows = train(method, reader(latents), len(latents), config, workspace, seed=seed)
 
@@ -156,13 +154,3 @@ def pseudo_huber(difference: Tensor, huber_c: float) -> Tensor:
 
 
 DISTANCES: Mapping[str, Callable[[Tensor, float], Tensor]] = {"l2": squared, "huber": pseudo_huber}
-
-
-@contextmanager
-def without_lora(unet: Any) -> Iterator[None]:
-    """The UNet as it was before its adapter was added."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()

@@ -21,7 +21,7 @@ from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
 from stages.diffusion.schedule import CLEAN, NoiseSchedule
 from stages.diffusion.solvers import ddim_moves, ddim_step
 from stages.latents import LatentSet
-from stages.students import check_teacher, load_student, save_student, trainable, trained_tensors
+from stages.students import check_teacher, load_student, ready_for_training, save_student, trainable, trained_tensors
 from stages.training import Draw, Method, Player, train
 from stages.training.latent_batches import LatentBatch, reader
 from stages.training.randomness import derive_seed
@@ -196,11 +196,8 @@ def _networks(config: LinkConfig, inputs: Inputs, workspace: Workspace, lora_see
         unet.requires_grad_(True)
     else:
         unet = _lora_unet(config, pipeline, previous, workspace, lora_seed)
-    teacher.unet.requires_grad_(False)
-    unet.train()
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return teacher, unet
+    teacher.unet.requires_grad_(False).to(memory_format=torch.channels_last)
+    return teacher, ready_for_training(unet, gradient_checkpointing=config.gradient_checkpointing)
 
 
 def _lora_unet(

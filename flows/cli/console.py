@@ -1,7 +1,7 @@
 """What the command line writes: results to stdout, everything else to stderr."""
 
 import logging
-from types import TracebackType
+from copy import copy
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -12,8 +12,6 @@ from schemas.errors import DistillError
 # No markup: a path or a sentence with [brackets] in it, such as the extras of a package, is text.
 output = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
 class Stopped(BaseException):
@@ -32,11 +30,10 @@ class _Quiet(_Named):
     """Leaves out tracebacks of errors that say all in their one sentence. The run's page in Prefect keeps them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        record.exc_text = None  # another handler's text of the same traceback
+        if record.exc_info and isinstance(record.exc_info[1], DistillError | KeyboardInterrupt | Stopped):
+            record = copy(record)  # other handlers get the same one
+            record.exc_info = record.exc_text = None
         return super().format(record)
-
-    def formatException(self, ei: ExcInfo) -> str:  # noqa: N802 - the standard library's name
-        return "" if isinstance(ei[1], DistillError | KeyboardInterrupt | Stopped) else super().formatException(ei)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

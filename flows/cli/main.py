@@ -1,6 +1,5 @@
 """The list of commands, and what all share: logging, signals, and errors turned into one sentence and an exit code."""
 
-import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,8 +14,6 @@ from schemas.errors import BadInput, DistillError
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 RESUME = "what was finished is kept, and the same command goes on from there"
 SHARED_FLAGS = ("--debug", "--verbose", "-v", "-vv")
-
-logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="distill",
@@ -40,7 +37,10 @@ def shared(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit with 0, 1 (failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """Run a command and exit with 0, 1 (failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM).
+
+    An error that is not one of ours is a mistake of the program: it goes through, with its traceback, and the exit code is 1 as well.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     flags = [argument for argument in given if argument in SHARED_FLAGS]  # they may stand after the command as well
     rest = [argument for argument in given if argument not in SHARED_FLAGS]
@@ -67,9 +67,6 @@ def _exit_code(arguments: list[str], *, debug: bool) -> int:
             errors.print_exception()
         errors.print(f"error: {error}", style="bold red")
         return BAD_INPUT if isinstance(error, BadInput) else FAILED
-    except Exception:
-        logger.exception("this is a mistake of the program, not of yours; please report it with these lines")
-        return FAILED
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Commands that make artifacts: `run`, `stage`, `demo`."""
+"""Commands that make artifacts: `run`, `stage`, `demo`, `serve`."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(stage)
     app.command()(demo)
+    app.command()(serve)
 
 
 def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = "cpu") -> None:
@@ -68,6 +69,18 @@ def demo(
     shown = (train_tiny_teacher if teacher else run_demo)(folder, tuple(overrides or ()))
     print_chain(shown.finished.manifests, shown.finished.made, shown.finished.store)
     output.print(f"model:  {shown.model}\nreport: {shown.report}")
+
+
+def serve(limit: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1) -> None:
+    """Offer the chain, the smoke flow and every single stage to the Prefect server of PREFECT_API_URL, and run here what it starts."""
+    from flows.environment import server_is_configured
+    from flows.serve import serve_flows
+
+    if not server_is_configured():
+        raise BadInput(
+            "PREFECT_API_URL: not set; expected the address of a server, such as the http://127.0.0.1:4200/api of: prefect server start"
+        )
+    serve_flows(limit)
 
 
 @contextmanager

@@ -98,15 +98,16 @@ class UNetDenoiser:
     def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Output (B, C, h, w) in the UNet's type. Raises `ValueError` when an SDXL-type UNet gets no pooled text or time ids."""
         unet = self.unet
+        dtype = next(unet.parameters()).dtype  # `unet.dtype` walks through all modules: a tenth of a small network's pass
         added = None
         if unet.config.addition_embed_type == "text_time":
             if conditioning.pooled is None or conditioning.time_ids is None:
                 raise ValueError("conditioning of an SDXL-type UNet: expected pooled text and time ids")
-            added = {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": conditioning.time_ids}
+            added = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.time_ids}
         output: Tensor = unet(
-            x_t.to(unet.dtype),
+            x_t.to(dtype),
             timesteps,
-            encoder_hidden_states=conditioning.prompt_embeds.to(unet.dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -133,6 +135,27 @@ def remove_lora(unet: Any) -> None:
     """Remove the adapter and its traces (deleting adapters alone leaves `base_layer` names, which reload broken)."""
     unet.unload_lora()
     unet.requires_grad_(True)
+
+
+def lora_layers(unet: Any) -> list[Any]:
+    """The layers that carry an adapter."""
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def without_lora(layers: Sequence[Any]) -> Iterator[None]:
+    """The network of these layers as it was before its adapter was added.
+
+    `disable_adapters` and `enable_adapters` of diffusers do the same at a tenth of a small network's training step: they walk through all modules
+    and freeze and free every weight.
+    """
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _named_adapter_parameters(unet: Any) -> Iterator[tuple[str, nn.Parameter]]:

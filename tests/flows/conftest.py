@@ -1,9 +1,8 @@
-"""A real Prefect server for the session, and a toy chain on a store of its own for every test."""
+"""A toy chain on a store of its own for every test."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,6 @@ from tests.flows import toy
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "from tests.flows import toy; toy.install(); from flows.cli import main; main()"
-
-
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a real server with an empty database. Results and heartbeats would otherwise leak between runs and cost a second each."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    import flows  # noqa: F401 - its settings, before Prefect's
-
-    results = tmp_path_factory.mktemp("prefect-results")
-    updates: dict[Any, Any] = {PREFECT_RESULTS_LOCAL_STORAGE_PATH: results, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    with prefect_test_harness(server_startup_timeout=180), temporary_settings(updates):
-        yield str(PREFECT_API_URL.value())
 
 
 @dataclass

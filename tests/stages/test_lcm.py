@@ -16,11 +16,12 @@ from schemas.training import OptimizerConfig
 from stages import lcm
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.exact import GaussianMixtureDenoiser
+from stages.diffusion.lora import lora_layers, without_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.solvers import boundary_scalings
-from stages.lcm import ConsistencyDistillation, without_lora
+from stages.lcm import ConsistencyDistillation
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
 from tests.tiny_pipelines import DDIMScheduler
@@ -221,7 +222,7 @@ def test_the_teacher_is_the_base_without_its_adapter(sdxl: tuple[Path, Manifest[
         for parameter in lcm.add_lora(pipeline.unet, 4, 8, seed=1):
             parameter.add_(0.1)
         adapted = pipeline.denoiser()(x, t, conditioning)
-        with without_lora(pipeline.unet):
+        with without_lora(lora_layers(pipeline.unet)):
             assert torch.equal(pipeline.denoiser()(x, t, conditioning), base)
         assert torch.equal(pipeline.denoiser()(x, t, conditioning), adapted)
     assert not torch.equal(adapted, base)

@@ -17,13 +17,13 @@ class Inputs(Model):
 
 
 def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
-    if "url" not in Path(outside["table"]).read_text():
+    if "url" not in Path(outside["table"]).read_text(errors="replace"):
         raise BadInput(f"{outside['table']}: has no column url")
 
 
 def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[ImageShards]:
     note_run("ingest")
-    rows = Path(workspace.outside["table"]).read_text().splitlines()
+    rows = Path(workspace.outside["table"]).read_text(errors="replace").splitlines()
     with workspace.folder("rows") as folder:
         (folder / "rows.txt").write_text("\n".join(rows))
         return workspace.publish(folder, ImageShards(rows_in_table=len(rows), images=len(rows), shards=config.shard_images))
