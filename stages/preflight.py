@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from schemas.errors import BadInput
@@ -28,16 +29,18 @@ def preflight(nodes: Iterable[Node], plan: Plan, surroundings: Surroundings) -> 
 
 
 def _problems(nodes: tuple[Node, ...], plan: Plan, surroundings: Surroundings) -> Iterator[str]:
-    try:
-        check_device(surroundings.device)
-    except BadInput as error:
-        yield str(error)
+    checks: tuple[Callable[[], None], ...] = (partial(check_device, surroundings.device), surroundings.store.check_cache)
+    for check in checks:
+        try:
+            check()
+        except BadInput as error:
+            yield str(error)
     yield from _short_disks(surroundings)
     for node in {(node.stage, tuple(node.outside.items())): node for node in nodes}.values():
         try:
-            check = stage(node.stage).load_preflight()
-            if check is not None:
-                check(node.config, node.outside, plan.recipe)
+            own = stage(node.stage).load_preflight()
+            if own is not None:
+                own(node.config, node.outside, plan.recipe)
         except BadInput as error:
             yield str(error)
 

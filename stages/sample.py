@@ -1,11 +1,14 @@
 """One picture from a published model, by plain diffusers calls: the function behind `distill sample`."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from infra.store import ArtifactStore
 from infra.torchvision_ops import define_missing_ops
@@ -23,6 +26,16 @@ logger = logging.getLogger(__name__)
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Turn diffusers' refusal of files that are missing or cut short, or of a hub out of reach, into `BadInput`."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{what}: cannot be loaded ({first_line}); expected a whole model as the stage publish made it") from error
+
+
 def open_published(reference: str, store: ArtifactStore | None = None) -> Path:
     """Return the folder of a published model: a folder itself, or an artifact on the store by identity, short identity or address.
 
@@ -33,7 +46,10 @@ def open_published(reference: str, store: ArtifactStore | None = None) -> Path:
         return folder
     if store is None:
         raise BadInput(f"{reference}: no such folder; expected a published model, or an artifact reference and a store")
-    manifest = store.resolve(reference)
+    try:
+        manifest = store.resolve(reference)
+    except BadInput as error:
+        raise BadInput(f"{reference}: no such folder here; {error}") from error
     if manifest.kind != "published_model":
         raise BadInput(f"{reference}: is an artifact of the kind {manifest.kind}, expected published_model")
     return store.fetch(manifest)
@@ -79,12 +95,15 @@ def sample(
         scheduler, guidance_scale = chosen.scheduler, chosen.guidance_scale
         if chosen.kind == "unet":
             unet_class: Any = diffusers.UNet2DConditionModel
-            networks["unet"] = unet_class.from_pretrained(published, subfolder=f"{name}/unet", torch_dtype=dtype)
+            with _loading(f"{published}/{name}/unet"):
+                networks["unet"] = unet_class.from_pretrained(published, subfolder=f"{name}/unet", torch_dtype=dtype)
         pipeline = _pipeline(description, published, dtype, **networks)
         if chosen.kind == "lora":
-            pipeline.load_lora_weights(str(published), subfolder=name, weight_name=LORA_FILE)
+            with _loading(f"{published}/{name}/{LORA_FILE}"):
+                pipeline.load_lora_weights(str(published), subfolder=name, weight_name=LORA_FILE)
     logger.info("%s: %s, %d steps", description.name, name, steps)
-    pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")
+    with _loading(f"{published}/{name}/scheduler"):
+        pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn: Image.Image = pipeline.to(device)(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images[
@@ -96,4 +115,5 @@ def sample(
 def _pipeline(description: Description, published: Path, dtype: torch.dtype, **networks: Any) -> Any:
     """The teacher's pipeline: at the root, or that of the base model."""
     base = published if description.complete else description.base_model
-    return getattr(diffusers, description.pipeline).from_pretrained(base, torch_dtype=dtype, **networks)
+    with _loading(f"{base}" if description.complete else f"base model {base} of {description.name}"):
+        return getattr(diffusers, description.pipeline).from_pretrained(base, torch_dtype=dtype, **networks)

@@ -43,7 +43,7 @@ class Place:
                 stream.seek(offset)
                 parts[extension] = stream.read(size)
                 if len(parts[extension]) != size:
-                    raise CorruptArtifact(f"{self.shard.name}: {self.key}.{extension} is cut short")
+                    raise CorruptArtifact(f"{self.shard}: {self.key}.{extension} is cut short")
         return Sample(self.key, self.extension, parts[self.extension], parts["txt"].decode(), json.loads(parts["json"]))
 
 
@@ -62,7 +62,7 @@ def index_shard(path: Path) -> list[Place]:
     for key, members in found.items():
         images = [extension for extension in members if extension not in ("json", "txt")]
         if len(images) != 1 or len(members) != 3:
-            raise CorruptArtifact(f"{path.name}: sample {key} has {', '.join(sorted(members))}; expected one picture, json and txt")
+            raise CorruptArtifact(f"{path}: sample {key} has {', '.join(sorted(members))}; expected one picture, json and txt")
         places.append(Place(key, images[0], path, members))
     return places
 
@@ -73,7 +73,7 @@ def index_tar(path: Path) -> list[tuple[str, int, int]]:
         with tarfile.open(path, "r:") as tar:
             return [(member.name, member.offset_data, member.size) for member in tar]
     except tarfile.TarError as error:
-        raise CorruptArtifact(f"{path.name}: not a whole tar file ({error})") from error
+        raise CorruptArtifact(f"{path}: not a whole tar file ({error})") from error
 
 
 def read_samples(path: Path) -> Iterator[Sample]:

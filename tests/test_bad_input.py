@@ -149,7 +149,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     shutil.copytree(teacher, tmp_path / "teacher")
     (tmp_path / "table.csv").write_text(TABLE)
-    for name in [name for name in os.environ if name.startswith(("DISTILL", "PREFECT", "AWS_"))]:
+    for name in [name for name in os.environ if name.startswith(("DISTILL", "PREFECT_API", "AWS_"))]:
         monkeypatch.delenv(name)
     made = Bench(tmp_path, monkeypatch)
     settings = {"DISTILL_STORE_ADDRESS": made.address, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PREFECT_HOME": str(tmp_path / "prefect")}
@@ -261,6 +261,20 @@ def not_a_model(bench: Bench) -> list[str]:
 
 def of_published(bench: Bench, *more: str) -> list[str]:
     return ["sample", bench.published().identity[:10], "--prompt", "a cat", "-o", "x.png", *more]
+
+
+def unfinished_model(bench: Bench) -> list[str]:
+    bench.published()
+    return ["sample", "published", "--prompt", "a cat", "-o", "x.png"]
+
+
+def below_a_file(bench: Bench) -> list[str]:
+    return ["run", bench.recipe(publish={"destination": "table.csv/model"})]
+
+
+def cache_below_a_file(bench: Bench) -> list[str]:
+    bench.monkeypatch.setenv("DISTILL_STORE_CACHE_DIR", str(bench.folder / "table.csv" / "cache"))
+    return ["run", bench.recipe()]
 
 
 def bare_predictor(bench: Bench) -> list[str]:
@@ -491,6 +505,12 @@ CASES = (
         lambda b: ["sample", b.images().identity, "--prompt", "a cat", "-o", "x.png"],
         ("is an artifact of the kind image_shards, expected published_model",),
     ),
+    Case("a model without its weights", unfinished_model, ("published/lightning-4step/unet", "cannot be loaded", "expected a whole model")),
+    Case(
+        "a mistyped model",
+        lambda _: ["sample", "modls/x", "--prompt", "a", "-o", "x.png"],
+        ("modls/x: no such folder here", "expected an identity"),
+    ),
     # Damage on the store.
     Case(
         "a flipped byte, looked for",
@@ -597,7 +617,7 @@ def test_too_many_failed_downloads(bench: Bench, capsys: pytest.CaptureFixture[s
 
 def test_a_full_disk(bench: Bench) -> None:
     """A limit on the size of files stands in for a full disk: the same calls fail in the same places (EFBIG for ENOSPC)."""
-    limit = 20_000  # bytes: below the teacher's weights, above its configurations
+    limit = 100_000  # bytes: below the teacher's weights, above its configurations and the index of the read cache
     code, output, shown = bench.process(
         ["stage", "teacher", bench.recipe()], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     )

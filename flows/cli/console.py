@@ -36,10 +36,18 @@ class _Quiet(_Named):
         return super().format(record)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Prefect says of the error that the command itself ends with. The run's page in Prefect keeps it."""
+    repeated = ("Encountered exception during execution", "Finished in state Failed(")
+    return not (record.name.startswith("prefect") and record.getMessage().startswith(repeated))
+
+
 def set_up_logging(verbose: int, *, debug: bool) -> None:
     """Send all logging to stderr, our own from INFO, with `verbose` 1 from DEBUG, with 2 also that of libraries."""
     handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
     handler.setFormatter(_Named() if debug else _Quiet())
+    if not debug:
+        handler.addFilter(_is_news)
     if not server_is_configured():  # the embedded server has no pages, and ends with the command
         handler.addFilter(lambda record: not str(record.msg).startswith("View at "))
     logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.WARNING, handlers=[handler], force=True)

@@ -7,7 +7,7 @@ import typer
 
 from flows.cli.console import output
 from flows.cli.options import Device, Store
-from schemas.errors import BadInput
+from schemas.errors import BadInput, RunFailed
 
 
 def register(app: typer.Typer) -> None:
@@ -29,6 +29,8 @@ def sample(
     """Draw one picture with a published model, by plain diffusers calls."""
     if destination.suffix.lower() != ".png":
         raise BadInput(f"--output {destination}: expected a file name that ends in .png")
+    if destination.is_dir():
+        raise BadInput(f"--output {destination}: is a folder; expected a file to write")
     if not destination.parent.is_dir():
         raise BadInput(f"--output {destination}: the folder {destination.parent} does not exist")
     from flows.preparation import open_store
@@ -37,5 +39,9 @@ def sample(
 
     check_device(device)
     folder = open_published(published, None if Path(published).is_dir() else open_store(store))
-    sample(folder, prompt, steps=steps, seed=seed, variant=variant, device=device).save(destination)
+    picture = sample(folder, prompt, steps=steps, seed=seed, variant=variant, device=device)
+    try:
+        picture.save(destination)
+    except OSError as error:
+        raise RunFailed(f"--output {destination}: cannot be written ({error.strerror or error})") from error
     output.print(str(destination))

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from infra.store.local import disk_error
-from schemas.errors import RunFailed
+from infra.store.local import disk_error, is_disk_full
+from schemas.errors import BadInput, RunFailed
 from schemas.manifest import FileEntry
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,10 @@ class ReadCache:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
+
+    def check(self) -> None:
+        """Prove that the folder can be used. Raises `BadInput`, and `RunFailed` when the disk is full."""
+        self._owner()
 
     def claim(self, name: str, entries: Sequence[FileEntry]) -> Path:
         """Pin files for this process, before they are read or downloaded, and make room for them. Returns the artifact's folder."""
@@ -108,7 +112,11 @@ class ReadCache:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     self._forget_dead(index)
             except OSError as error:
-                raise disk_error(error, self.folder) from error
+                if is_disk_full(error):
+                    raise disk_error(error, self.folder) from error
+                raise BadInput(
+                    f"read cache {self.folder} cannot be used: {error.strerror or error}: expected a writable folder (DISTILL_STORE_CACHE_DIR)"
+                ) from error
             owner = _owners[self.folder] = _Owner(name, os.getpid(), lock)
         return owner
 

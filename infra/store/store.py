@@ -74,6 +74,10 @@ class ArtifactStore:
     def __repr__(self) -> str:
         return f"ArtifactStore({self.address!r})"
 
+    def check_cache(self) -> None:
+        """Prove that the read cache can be used, which every reading of an artifact needs. Raises `BadInput`."""
+        self._cache.check()
+
     def find(self, identity: str) -> Manifest | None:
         """Return the manifest, or None when there is no such artifact: one small read. Raises `CorruptArtifact`."""
         key = f"{_prefix(_checked(identity))}/manifest.json"

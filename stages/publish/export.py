@@ -1,6 +1,7 @@
 """A copy of a published model outside the store: there whole, or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def check_destination(destination: str) -> Path:
         raise BadInput(
             f"publish.destination {destination}: something else is there; expected a new folder, or one with a {DESCRIPTION} to replace"
         )
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"publish.destination {destination}: {above} cannot be written to; expected a folder that can be made")
     return path
 
 

@@ -214,6 +214,7 @@ def test_a_chain_that_fails_says_why_in_one_sentence(chain: ToyChain, prefect_se
     chain.fail("select", "RunFailed")
     code, _, shown = chain.run("run", chain.recipe_file(), server=prefect_server)
     assert code == 1 and shown.splitlines()[-1] == "error: select was told to" and "Traceback" not in shown, shown
+    assert shown.count("select was told to") == 1, shown
 
 
 def test_brackets_of_a_message_are_no_markup(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
