@@ -28,7 +28,7 @@ NODES = ("ingest", "select", "teacher", "encode", "lightning-8-4", "lightning-4-
 POLL_SECONDS = 0.005
 _COMMAND = "from flows.cli import main; main()"
 _MARK = "DISTILL_TEST_COMMAND"
-_LIMIT_SECONDS = 300
+_LIMIT_SECONDS = 180
 _TRAINING = {"training_steps": 12, "batch_size": 4, "checkpoint_every": 4, "log_every": 4}
 
 
@@ -144,12 +144,11 @@ class Command:
         return re.findall(r"(\S+): started [0-9a-f]{12}\b", self.told)
 
     def wait(self) -> int:
-        """Wait for its end; its exit code."""
+        """Wait for its end; its exit code. Whatever it started has to have ended with it."""
         try:
             return self.process.wait(timeout=_LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
+        finally:
             self.kill()
-            raise
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = _LIMIT_SECONDS) -> bool:
         """Wait until the condition holds; False where the command or the time ends before."""
@@ -161,9 +160,10 @@ class Command:
         return True
 
     def kill(self) -> None:
-        """End its process group by SIGKILL, and see that nothing it started in other groups outlives it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End its process group by SIGKILL, if it still runs, and see that nothing it started in other groups outlives it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         end = time.monotonic() + 10
         while orphans := self.processes():
             assert time.monotonic() < end, f"outlived kill -9 of the command that started them: {orphans}"

@@ -1,6 +1,8 @@
 """kill -9 in the middle of every stage in turn, then the same command: it ends, and every file is the undisturbed run's."""
 
+import logging
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from schemas.manifest import Manifest
 from tests.e2e.conftest import Nano
 from tests.e2e.nano import NODES, Command, Place, assert_same, assert_whole
 
+logger = logging.getLogger(__name__)
 pytestmark = [pytest.mark.slow, pytest.mark.service]
 
 FRACTIONS = (0.4, 0.2, 0.1, 0.05, 0.0)
@@ -52,24 +55,46 @@ def kill_inside(place: Place, nano: Nano, expected: dict[str, Manifest], name: s
         before = {part.name for part in place.store.parts(expected[name].identity)}
         command = place.start("run", str(nano.recipe))
         attempts.append(command)
-        assert command.wait_until(lambda: name in command.started), command.told  # noqa: B023 - called at once
-        begun = time.monotonic()
-        seconds = fraction * expected[name].lineage.cost.wall_seconds
-
-        def is_inside() -> bool:
-            if name == "ingest" and not any("downloader.py" in line for line in command.processes().values()):  # noqa: B023
-                return False
-            in_pieces = name in IN_PIECES and fraction == FRACTIONS[0]  # noqa: B023
-            if in_pieces and {part.name for part in place.store.parts(expected[name].identity)} <= before:  # noqa: B023
-                return place.store.find(expected[name].identity) is not None  # too late: the last piece goes when the artifact is there
-            return time.monotonic() - begun >= seconds  # noqa: B023
-
-        command.wait_until(is_inside)
-        command.kill()
+        try:
+            assert command.wait_until(lambda: name in command.started), command.told  # noqa: B023 - called at once
+            moment = Moment(place, command, expected[name], fraction, before)
+            command.wait_until(moment.has_come)
+        finally:
+            command.kill()
+        kept = [part.name for part in place.store.parts(expected[name].identity)]
+        logger.info(
+            "%s: killed after %.2f of %.2f s, with %s",
+            name,
+            time.monotonic() - moment.begun,
+            expected[name].lineage.cost.wall_seconds,
+            kept,
+        )
         if place.store.find(expected[name].identity) is None:
             assert command.started[-1] == name
             return attempts
     pytest.fail(f"{name} was always finished before it was killed; the last run's log:\n{attempts[-1].told}")
+
+
+@dataclass
+class Moment:
+    """When to kill a run that has just started: it is in the middle of its work."""
+
+    place: Place
+    command: Command
+    expected: Manifest
+    fraction: float
+    before: set[str]
+    """Names of the parts that were there before."""
+    begun: float = field(default_factory=time.monotonic)
+
+    def has_come(self) -> bool:
+        """True when the fraction of the time is over, the downloader runs (`ingest`), and a new piece is kept (while there is time for that)."""
+        name, identity = self.expected.lineage.node, self.expected.identity
+        if name == "ingest" and not any("downloader.py" in line for line in self.command.processes().values()):
+            return False
+        if name in IN_PIECES and self.fraction == FRACTIONS[0] and {part.name for part in self.place.store.parts(identity)} <= self.before:
+            return self.place.store.find(identity) is not None  # too late: pieces go once the artifact is there
+        return time.monotonic() - self.begun >= self.fraction * self.expected.lineage.cost.wall_seconds
 
 
 def objects(place: Place) -> set[str]:
