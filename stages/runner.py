@@ -114,6 +114,7 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
         raise RunFailed(f"{node.name}: disk full while working in {scratch} ({error}): free space, and run again") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        surroundings.store.release()  # else a chain run by one process would keep everything it ever fetched in the read cache
     if manifest.kind not in kind.makes:
         raise RunFailed(f"{node.name}: made a {manifest.kind}, expected {' or '.join(kind.makes)}")
     logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - started)
