@@ -88,7 +88,7 @@ class TrainTeacherConfig(Model):
     training: TrainingConfig
     optimizer: OptimizerConfig
     storage_dtype: Literal["float32", "float16"] = "float16"
-    """Type of the UNet's and the VAE's weights in the published files."""
+    """Type of the weights in the published files."""
 
 
 def _levels_agree(config: TrainTeacherConfig) -> Iterator[Mistake]:

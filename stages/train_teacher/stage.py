@@ -1,5 +1,6 @@
 """The stage: pictures and captions to a complete pipeline. First the VAE, then, on its latents, the UNet with both text encoders."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,11 +76,9 @@ def run(config: TrainTeacherConfig, inputs: Inputs, workspace: Workspace) -> Man
 
     with workspace.folder("pipeline") as folder:
         pipeline = assemble_pipeline(vae, text_encoders, tokenizers, unet, config.prediction_type)
-        pipeline.to("cpu")
-        for network in (vae, unet):
-            network.to(getattr(torch, config.storage_dtype))
-        # Text encoders stay in float32: transformers loads them in the type they were saved in, diffusers the others in float32.
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        pipeline.to("cpu", dtype=getattr(torch, config.storage_dtype)).save_pretrained(folder, safe_serialization=True)
+        for name in ("text_encoder", "text_encoder_2"):
+            load_as_float32(folder / name / "config.json")
         facts = inspect(folder)
         content = Teacher(
             architecture=facts.architecture,
@@ -91,6 +90,12 @@ def run(config: TrainTeacherConfig, inputs: Inputs, workspace: Workspace) -> Man
         write_metrics(autoencoder_rows, folder / "metrics-autoencoder.parquet")
         write_metrics(denoiser_rows, folder / "metrics-denoiser.parquet")
         return workspace.publish(folder, content)
+
+
+def load_as_float32(path: Path) -> None:
+    """Let a text encoder stored in half precision load in float32 where no type is named, as diffusers loads its own networks."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def load_pictures(folder: Path, side: int) -> tuple[Tensor, list[str], Tensor]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -78,6 +79,8 @@ def test_the_pipeline_draws_and_a_killed_run_ends_with_the_same_bytes(tmp_path: 
 
     folder = store.fetch(whole)
     assert {tensor.dtype for tensor in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
+    plain: Any = StableDiffusionXLPipeline.from_pretrained(folder)
+    assert {plain.unet.dtype, plain.text_encoder.dtype, plain.text_encoder_2.dtype} == {torch.float32}, "loads whole without naming a type"
     teacher = TeacherPipeline.load(folder)
     assert (teacher.resolution, teacher.latent_shape, teacher.prediction.name) == (16, (4, 8, 8), "epsilon")
     assert float(teacher.unconditional().prompt_embeds.abs().max()) == 0
