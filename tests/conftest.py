@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
+from infra.torchvision_ops import define_missing_ops
 from tests.services import ObjectStore, seaweedfs_server
+
+define_missing_ops()  # before any test module imports transformers or diffusers by itself
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """A toy chain on a store of its own for every test."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class ToyChain:
         return subprocess.Popen(
             [sys.executable, "-c", COMMAND, *arguments],
             cwd=self.folder, env=clean | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            preexec_fn=_hear_interrupts,  # noqa: PLW1509 - tests start no threads that hold locks here
         )  # fmt: skip
 
     def run(self, *arguments: str, server: str | None = None, **environment: str) -> tuple[int, str, str]:
@@ -93,3 +95,8 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyChain:
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "weights.bin").write_bytes(bytes(range(32)))
     return ToyChain(tmp_path)
+
+
+def _hear_interrupts() -> None:
+    """A test run started in the background of a script ignores Ctrl-C, and would hand that on to what it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
