@@ -1,13 +1,18 @@
 """Fixtures that any test may use."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from infra.torchvision_ops import define_missing_ops
 from tests.services import ObjectStore, seaweedfs_server
 
+# One thread, here and in processes that tests start: the order of a sum, and so its last bit, depends on the number.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 define_missing_ops()  # before any test module imports transformers or diffusers by itself
 
 
