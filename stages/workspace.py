@@ -1,6 +1,5 @@
 """What a stage is given beside its configuration and inputs: where to read, write and report. Nothing here may change a result."""
 
-import os
 import resource
 import shutil
 import sys
@@ -85,8 +84,3 @@ def measured_cost(started: float) -> Cost:
     """Wall time since `started` (a `time.monotonic()` value) and the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Cost(wall_seconds=time.monotonic() - started, peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024)
-
-
-def usable_cpus() -> int:
-    """Number of CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
