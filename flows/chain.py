@@ -1,5 +1,8 @@
 """The whole chain as one flow."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 
@@ -11,6 +14,7 @@ from flows.texts import chain_page
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 
+R = TypeVar("R")
 RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
 STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS."
 DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps."
@@ -19,6 +23,12 @@ DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps."
 def described(summary: str, **parameters: str) -> str:
     """Return a docstring in the form that Prefect shows: the summary on the flow's page, a sentence at each field of its form."""
     return f"{summary}\n\nArgs:\n" + "\n".join(f"    {name}: {sentence}" for name, sentence in parameters.items())
+
+
+def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) -> Flow[..., R]:
+    """Make the flow `name`. Its module must hold it as that name with underscores: a process that Prefect starts imports it from there."""
+    body.__name__ = name.replace("-", "_")
+    return Flow(body, name=name, flow_run_name=run_name, result_serializer="json")
 
 
 def _chain(recipe: Recipe | str, store: str | None = None, device: str = "cpu") -> dict[str, str]:
@@ -33,7 +43,7 @@ _chain.__doc__ = described(
     store=STORE,
     device=DEVICE,
 )
-distill_chain: Flow[..., dict[str, str]] = Flow(_chain, name="distill-chain", flow_run_name=recipe_run_name, result_serializer="json")
+distill_chain = make_flow(_chain, "distill-chain", recipe_run_name)
 
 
 def run_chain(prepared: Prepared) -> dict[str, Manifest]:

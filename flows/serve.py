@@ -3,6 +3,7 @@
 from typing import Any
 
 from prefect import Flow, serve
+from prefect.types.entrypoint import EntrypointType
 
 from flows.chain import distill_chain
 from flows.single import SINGLE_STAGES
@@ -16,5 +17,9 @@ def serve_flows(limit: int = 1) -> None:
 
     `limit` runs go at a time: stages that train want a device to themselves.
     """
-    deployments = [flow.to_deployment(name="here", description=flow.description, tags=["distill"]) for flow in FLOWS]
+    deployments = [
+        # by module: a path would be relative to this folder, and the function found there is not the flow
+        flow.to_deployment(name="here", description=flow.description, tags=["distill"], entrypoint_type=EntrypointType.MODULE_PATH)
+        for flow in FLOWS
+    ]
     serve(*deployments, limit=limit)  # type: ignore[arg-type]  # it takes what to_deployment gives

@@ -3,7 +3,7 @@
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.chain import DEVICE, RECIPE, STORE, described
+from flows.chain import DEVICE, RECIPE, STORE, described, make_flow
 from flows.preparation import prepare
 from flows.results import result_storage
 from flows.run_names import stage_run_name
@@ -33,8 +33,9 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
         inputs="Artifacts to read, by input or stage run (teacher, latents, lightning-8-4). Those not given are found by identity.",
         run="Which run, where the recipe has several of this stage, such as lightning-8-4.",
     )
-    return Flow(run_single, name=f"distill-{stage.name}", flow_run_name=stage_run_name, result_serializer="json")
+    return make_flow(run_single, f"distill-{stage.name}", stage_run_name)
 
 
 SINGLE_STAGES: dict[str, Flow[..., Json]] = {stage.name: _flow_of(stage) for stage in STAGES.values()}
 """By stage name."""
+globals().update({flow.fn.__name__: flow for flow in SINGLE_STAGES.values()})

@@ -1,8 +1,6 @@
 """The tiny recipe from end to end, with every byte it made read again: for a nightly schedule and for CI."""
 
-from prefect import Flow
-
-from flows.chain import DEVICE, STORE, described, run_chain
+from flows.chain import DEVICE, STORE, described, make_flow, run_chain
 from flows.demo import FOLDER, PROJECT
 from flows.preparation import prepare
 from flows.run_names import recipe_run_name
@@ -37,4 +35,4 @@ _smoke.__doc__ = described(
     store=STORE,
     device=DEVICE,
 )
-distill_smoke: Flow[..., dict[str, str]] = Flow(_smoke, name="distill-smoke", flow_run_name=recipe_run_name, result_serializer="json")
+distill_smoke = make_flow(_smoke, "distill-smoke", recipe_run_name)

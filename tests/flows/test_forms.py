@@ -143,3 +143,10 @@ def test_versions_that_break_prefect_are_shut_out() -> None:
         assert Version(pinned[name]) in requirement.specifier, name
     assert "dataclasses" not in pinned and any("dataclasses" in item for item in project["tool"]["uv"]["override-dependencies"])
     assert not [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "@" in line or "://" in line]
+
+
+def test_a_process_that_prefect_starts_can_import_every_flow() -> None:
+    from prefect.flows import load_flow_from_entrypoint
+
+    for flow in flows():
+        assert load_flow_from_entrypoint(f"{flow.__module__}.{flow.__name__}") is flow
