@@ -16,7 +16,7 @@ class EvaluateConfig(Model):
     """Prompts of a row of the table. SDXL-Lightning 4.3: 10K, one image each. Where fewer exist they are repeated, with other noise."""
     images_per_prompt: PositiveInt = 1
     teacher_steps: tuple[PositiveInt, ...] = (32, 8, 4, 2, 1)
-    """Step counts the teacher is sampled with; the first is the reference of the teacher-referenced FID."""
+    """Step counts the teacher is sampled with; the first, on other noise, is also the reference of the FID against the teacher."""
     teacher_guidance_scale: Annotated[float, Field(ge=1)] = 7.0
     """Imagen-convention scale of the teacher's rows."""
     extractor: Literal["inception", "efficientnet-lite0"] = "inception"

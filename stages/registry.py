@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
         Stage("encode", EncodeConfig, ("latents",), "stages.encode"),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning"),
         Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm"),
-        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate"),
+        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish"),
     )
 }

@@ -60,7 +60,7 @@ def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mappin
 def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """The figures at the head of the page: for each step count of a student its best FID to the teacher, beside the teacher's own."""
     reference = summary["rows"][0]
-    teacher = {row["steps"]: row["scores"]["fid_teacher"] for row in summary["rows"] if row["model"] == "teacher" and row is not reference}
+    teacher = {row["steps"]: row["scores"]["fid_teacher"] for row in summary["rows"] if row["model"] == "teacher"}
     students = [row for row in summary["rows"] if row["model"] != "teacher"]
     tiles = []
     for steps in sorted({row["steps"] for row in students if row["steps"] < reference["steps"]}, reverse=True)[-4:]:
@@ -71,28 +71,17 @@ def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _table(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
-    """One metric: a line a family, a column a step count; the best of each column is marked, the reference itself is out of the contest."""
+    """One metric: a line a family, a column a step count; the best of each column is marked."""
     values = {(row["family"], row["steps"]): row["scores"][metric] for row in summary["rows"] if metric in row["scores"]}
-    reference = (summary["rows"][0]["family"], summary["rows"][0]["steps"]) if metric == "fid_teacher" else None
     steps = sorted({row["steps"] for row in summary["rows"]}, reverse=True)
-    best = {
-        count: min(rivals)
-        for count in steps
-        if len(rivals := [value for key, value in values.items() if key[1] == count and key != reference]) > 1
-    }
+    best = {count: min(rivals) for count in steps if len(rivals := [value for key, value in values.items() if key[1] == count]) > 1}
     lines = []
     for family in families:
-        cells = []
-        for count in steps:
-            value = values.get((family, count))
-            is_reference = (family, count) == reference
-            cells.append(
-                {
-                    "text": "ref" if is_reference else "" if value is None else figure(value),
-                    "best": value is not None and not is_reference and value == best.get(count),
-                    "reference": is_reference,
-                }
-            )
+        found = [values.get((family, count)) for count in steps]
+        cells = [
+            {"text": "" if value is None else figure(value), "best": value is not None and value == best.get(count)}
+            for count, value in zip(steps, found, strict=True)
+        ]
         lines.append({"family": family, "swatch": swatch(slots[family]), "cells": cells})
     return {"title": title, "steps": steps, "lines": lines}
 

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
 from stages.evaluate.summary import Measured, Scores, Sources, summarise
 from stages.students import load_student
+from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
 
 Measure = Callable[[Iterable[Pixels]], NDArray[np.float32]]
@@ -75,8 +77,10 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
 
-    tick = _ticker(workspace, len(rows) * len(prompts.images))
+    tick = _ticker(workspace, (len(rows) + 1) * len(prompts.images))
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
+    reference = replace(rows[0], model="reference")
+    other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
     pieces = Pieces(workspace)
     extractor = functools.cache(spec.build)
 
@@ -91,17 +95,19 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             pictures = functools.partial(read_pictures, samples[row.name])
             statistics[row.name] = _features(row.slug, pictures, measure, pieces)
             _free(workspace.device)
-        reference = _features("real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), measure, pieces)
+        sample_row(reference, pipeline.denoiser, other_noise, pieces, folder / "samples" / reference.slug)
+        of_teacher = _features(reference.slug, functools.partial(read_pictures, folder / "samples" / reference.slug), measure, pieces)
+        real = _features("real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), measure, pieces)
 
         measured = Measured(
             identity=workspace.identity,
             config=config,
             seed=seed,
             rows=rows,
-            scores=_scores(rows, statistics, reference),
+            scores=_scores(statistics, of_teacher, real),
             prompts=prompts,
             extractor=spec,
-            real_images=reference.images,
+            real_images=real.images,
         )
         _write_report(folder, measured, inputs, samples, workspace)
         scores = {name: dict(values) for name, values in measured.scores.items()}
@@ -133,14 +139,17 @@ def _features(name: str, pictures: Callable[[], Iterable[Pixels]], measure: Meas
         return FeatureStatistics.of(load_file(path)["features"])
 
 
-def _scores(rows: Sequence[Row], statistics: dict[str, FeatureStatistics], real: FeatureStatistics) -> Scores:
-    reference = statistics[rows[0].name]
-    scores = {}
-    for row in rows:
-        own = statistics[row.name]
-        to_teacher = 0.0 if own is reference else frechet_distance(own, reference)
-        scores[row.name] = {"fid_teacher": round(to_teacher, _DECIMALS), "fid_real": round(frechet_distance(own, real), _DECIMALS)}
-    return scores
+def _scores(statistics: Mapping[str, FeatureStatistics], of_teacher: FeatureStatistics, real: FeatureStatistics) -> Scores:
+    """FIDs of every row.
+
+    The teacher's own samples come from other noise than the rows': with shared noise a row would be compared picture by picture, and a
+    distance below that of two sets of the teacher's own would say nothing about the distribution.
+    """
+    references = {"fid_teacher": of_teacher, "fid_real": real}
+    return {
+        row: {metric: round(frechet_distance(own, reference), _DECIMALS) for metric, reference in references.items()}
+        for row, own in statistics.items()
+    }
 
 
 def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dict[str, Path], workspace: Workspace) -> None:

@@ -15,7 +15,7 @@ Scores = Mapping[str, Mapping[str, float]]
 """Row name -> metric -> value."""
 
 METRICS: Final = {
-    "fid_teacher": "FID against the teacher's own samples",
+    "fid_teacher": "FID against other samples of the teacher",
     "fid_real": "FID against real images",
 }
 
@@ -126,8 +126,10 @@ def verdict(rows: Sequence[Row], scores: Scores) -> str:
     for steps in headline_steps(students):
         best = min((row for row in students if row.steps == steps), key=lambda row: (scores[row.name]["fid_teacher"], row.name))
         value = scores[best.name]["fid_teacher"]
-        where = f"to the teacher's own {plural(reference.steps, 'step')}" if not sentences else "to them"
-        sentence = f"In {plural(steps, 'step')} the student {best.family} comes within FID {figure(value)} {where}"
+        whose = f"the teacher's own samples in {plural(reference.steps, 'step')}" if not sentences else "them"
+        sentence = f"In {plural(steps, 'step')} the student {best.family} comes within FID {figure(value)} of {whose}"
+        if not sentences:
+            sentence += f", whose distance to others of their kind is {figure(scores[reference.name]['fid_teacher'])}"
         if steps in teacher and steps != reference.steps:
             alone = teacher[steps]["fid_teacher"]
             change = f"{abs(1 - value / alone):.0%} {'lower' if value < alone else 'higher'}" if alone else "from zero"

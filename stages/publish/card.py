@@ -51,12 +51,10 @@ def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
     values = {(row["family"], row["steps"]): row["scores"].get(metric) for row in summary["rows"]}
     families = list(dict.fromkeys(family for family, _ in values))
     steps = sorted({count for _, count in values}, reverse=True)
-    first = summary["rows"][0]
-    reference = (first["family"], first["steps"]) if metric == "fid_teacher" else None
 
     def cell(key: tuple[str, int]) -> str:
         value = values.get(key)
-        return "reference" if key == reference else "" if value is None else figure(value)
+        return "" if value is None else figure(value)
 
     lines = [f"| {title} | " + " | ".join(plural(count, "step") for count in steps) + " |", "|---" + "|---:" * len(steps) + "|"]
     lines += [f"| {family} | " + " | ".join(cell((family, count)) for count in steps) + " |" for family in families]

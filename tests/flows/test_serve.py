@@ -44,7 +44,7 @@ def test_a_run_started_through_the_server_makes_its_artifact(chain: ToyChain, pr
         found = wait_until(deployment, "registration", process)
         assert "minimum" in str(found.parameter_openapi_schema), "the form in the UI has no bounds"
         recipe = chain.data(teacher={"source": str(ROOT / "recipes" / "tiny_teacher")})
-        with pytest.raises(PrefectHTTPStatusError, match="422|409"):
+        with pytest.raises(PrefectHTTPStatusError, match=r"422|409"):
             client.create_flow_run_from_deployment(found.id, parameters={"recipe": recipe | {"seed": "many"}, "store": chain.address})
         run = client.create_flow_run_from_deployment(found.id, parameters={"recipe": recipe, "store": chain.address})
         state = wait_until(lambda: final(run), "the run's end", process)
