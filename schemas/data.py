@@ -1,4 +1,4 @@
-"""Recipe sections of the data stages: `ingest`, `select`, `encode`."""
+"""Recipe sections of the data stages: `ingest`, `measure`, `select`, `encode`."""
 
 from typing import Annotated, Literal
 
@@ -44,21 +44,25 @@ class IngestConfig(Model):
     threads: Annotated[int, Field(ge=1), NotIdentity] = 32
 
 
+class MeasureConfig(Model):
+    """`measure`: what is told of every picture once, so that `select` can judge without reading one again."""
+
+    analysis_px: Annotated[int, Field(ge=16)] = 512
+    """Short side at which sharpness is measured (pixels), so that it does not depend on the picture's size."""
+    aesthetic_predictor: Annotated[str | None, NotIdentity] = None
+    """Folder of a LAION aesthetic predictor (CLIP and MLP head) for rows without a score. null: such rows have none."""
+    processes: Annotated[int, Field(ge=1), NotIdentity] = 2
+
+
 class SelectConfig(Model):
     """`select`: images that pass resolution, aesthetics and sharpness."""
 
     min_side_px: Annotated[int, Field(ge=0)] = 1024
     """Strict lower bound of the short side of the decoded picture (pixels). SDXL-Lightning 3.6: "larger than 1024"."""
     min_aesthetic: float | None = 5.5
-    """Strict lower bound of the LAION aesthetic score. null: not looked at."""
-    aesthetic_predictor: Annotated[str | None, NotIdentity] = None
-    """Folder of a LAION aesthetic predictor (CLIP and MLP head) for rows without a score. null: such rows are dropped."""
+    """Strict lower bound of the LAION aesthetic score; a picture without a score is dropped. null: not looked at."""
     min_sharpness: Annotated[float, Field(ge=0)] = 0.02
-    """Lower bound of the Laplacian variance over luma variance at `analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
-    analysis_px: Annotated[int, Field(ge=16)] = 512
-    """Short side at which sharpness is measured (pixels), so that it does not depend on the picture's size."""
-    shard_images: Annotated[int, Field(ge=1)] = 1000
-    processes: Annotated[int, Field(ge=1), NotIdentity] = 2
+    """Lower bound of the Laplacian variance over luma variance at `measure.analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
 
 
 class EncodeConfig(Model):

@@ -48,15 +48,26 @@ class ImageShards(Model):
     shards: int
 
 
+class Measurements(Model):
+    """`measurements-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
+
+    kind: Literal["measurements"] = "measurements"
+    source: Sha256
+    """Identity of the image shards that were measured."""
+    images: int
+    shards: int
+
+
 class Selection(Model):
-    """Webdataset tar shards of the images that passed, plus `verdicts.parquet` with every row's measurements."""
+    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict. The pictures stay in the image shards."""
 
     kind: Literal["selection"] = "selection"
+    source: Sha256
+    """Identity of the image shards that were judged."""
     images_in: int
     images: int
     dropped: dict[str, int] = {}
     """Images dropped, by the first criterion that failed."""
-    shards: int
 
 
 class Latents(Model):
@@ -147,7 +158,7 @@ class PublishedModel(Model):
 
 
 Content = Annotated[
-    ImageShards | Selection | Latents | Teacher | Pairs | StudentUNet | StudentLoRA | Evaluation | PublishedModel,
+    ImageShards | Measurements | Selection | Latents | Teacher | Pairs | StudentUNet | StudentLoRA | Evaluation | PublishedModel,
     Field(discriminator="kind"),
 ]
 

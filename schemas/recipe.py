@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Annotated
 
 from schemas.base import Field, Mistake, Model, NotIdentity
-from schemas.data import EncodeConfig, IngestConfig, SelectConfig
+from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
@@ -22,6 +22,7 @@ class Recipe(Model):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random that does not name its own."""
     ingest: IngestConfig
+    measure: MeasureConfig = MeasureConfig()
     select: SelectConfig = SelectConfig()
     encode: EncodeConfig = EncodeConfig()
     teacher: TeacherConfig | None = None
@@ -42,8 +43,8 @@ def _one_teacher(recipe: Recipe) -> Iterator[Mistake]:
 
 def _aesthetic_has_a_source(recipe: Recipe) -> Iterator[Mistake]:
     threshold = recipe.select.min_aesthetic
-    if threshold is not None and not recipe.ingest.columns.aesthetic and recipe.select.aesthetic_predictor is None:
-        expected = "a threshold needs a score: expected names in ingest.columns.aesthetic, or select.aesthetic_predictor, or null here"
+    if threshold is not None and not recipe.ingest.columns.aesthetic and recipe.measure.aesthetic_predictor is None:
+        expected = "a threshold needs a score: expected names in ingest.columns.aesthetic, or measure.aesthetic_predictor, or null here"
         yield ("select", "min_aesthetic"), threshold, expected
 
 

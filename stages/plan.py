@@ -60,25 +60,25 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
     seed = recipe.seed
     nodes = [
         Node("ingest", "ingest", recipe.ingest, seed, outside={"table": recipe.ingest.table}),
-        Node("select", "select", recipe.select, seed, inputs={"images": "ingest"}),
-    ]
-    if recipe.select.aesthetic_predictor is not None:
-        nodes[-1] = Node(
-            "select",
-            "select",
-            recipe.select,
+        Node(
+            "measure",
+            "measure",
+            recipe.measure,
             seed,
             {"images": "ingest"},
-            outside={"aesthetic_predictor": recipe.select.aesthetic_predictor},
-        )
+            _outside(aesthetic_predictor=recipe.measure.aesthetic_predictor),
+        ),
+        Node("select", "select", recipe.select, seed, inputs={"measurements": "measure"}),
+    ]
+    selected: dict[str, Source] = {"images": "ingest", "selection": "select"}
     if recipe.teacher is not None:
         teacher = "teacher"
         nodes.append(Node(teacher, "teacher", recipe.teacher, seed, outside={"source": recipe.teacher.address}))
     else:
         assert recipe.train_teacher is not None, "the recipe's own check"
         teacher = "train-teacher"
-        nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs={"images": "select"}))
-    nodes.append(Node("encode", "encode", recipe.encode, seed, inputs={"images": "select", "teacher": teacher}))
+        nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs=selected))
+    nodes.append(Node("encode", "encode", recipe.encode, seed, inputs=selected | {"teacher": teacher}))
 
     students: list[str] = []
     if recipe.lightning is not None:
@@ -96,9 +96,8 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs={"teacher": teacher, "latents": "encode"}))
         students.append("lcm")
     if recipe.evaluate is not None:
-        outside = {"prompts": recipe.evaluate.prompts} if recipe.evaluate.prompts is not None else {}
-        inputs = {"teacher": teacher, "latents": "encode", "images": "select", "students": tuple(students)}
-        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, outside))
+        inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
+        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _outside(prompts=recipe.evaluate.prompts)))
     if recipe.publish is not None:
         nodes.append(
             Node(
@@ -110,6 +109,10 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
             )
         )
     return tuple(nodes)
+
+
+def _outside(**addresses: str | None) -> dict[str, str]:
+    return {name: address for name, address in addresses.items() if address is not None}
 
 
 def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mapping[str, str] | None = None) -> Plan:

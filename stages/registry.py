@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from schemas.base import Model
-from schemas.data import EncodeConfig, IngestConfig, SelectConfig
+from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.lcm import LcmConfig
@@ -60,7 +60,8 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("ingest", IngestConfig, ("image_shards",), "stages.ingest"),
-        Stage("select", SelectConfig, ("selection",), "stages.select"),
+        Stage("measure", MeasureConfig, ("measurements",), "stages.measure"),
+        Stage("select", SelectConfig, ("selection",), "stages.select", revision=2),
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
         Stage("encode", EncodeConfig, ("latents",), "stages.encode"),

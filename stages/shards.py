@@ -34,6 +34,8 @@ class Place:
     shard: Path
     members: Mapping[str, tuple[int, int]]
     """Offset and size in bytes by extension."""
+    caption: str | None = None
+    """A caption that takes the place of the stored one."""
 
     def read(self) -> Sample:
         """Read the sample. Raises `CorruptArtifact` where the shard is shorter than its directory says."""
@@ -44,11 +46,12 @@ class Place:
                 parts[extension] = stream.read(size)
                 if len(parts[extension]) != size:
                     raise CorruptArtifact(f"{self.shard}: {self.key}.{extension} is cut short")
-        return Sample(self.key, self.extension, parts[self.extension], parts["txt"].decode(), json.loads(parts["json"]))
+        caption = parts["txt"].decode() if self.caption is None else self.caption
+        return Sample(self.key, self.extension, parts[self.extension], caption, json.loads(parts["json"]))
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of an `image_shards` or `selection` folder, in order."""
+    """The shards of an `image_shards` folder, in order."""
     return sorted(folder.glob("shard-*.tar"), key=lambda path: (len(path.name), path.name))
 
 

@@ -43,13 +43,14 @@ class Chain:
                 parameters=dict(facts.parameters),
             )
             self.teacher: Any = self._publish(folder, "teacher", "teacher", content)
-        self.images: Any = self._selection()
+        self.images: Any = self._images()
+        self.selection: Any = self._selection()
         self.latents: Any = self._latents()
 
     def inputs(self, **students: Any) -> dict[str, Any]:
         """Inputs of `evaluate`; the students by node name, with `_` for `-`."""
         named = {name.replace("_", "-"): manifest for name, manifest in students.items()}
-        return {"teacher": self.teacher, "latents": self.latents, "images": self.images, "students": named}
+        return {"teacher": self.teacher, "latents": self.latents, "images": self.images, "selection": self.selection, "students": named}
 
     def unet(self, steps: int, *, change: float = 0.05, prediction_type: str | None = None, **more: Any) -> Any:
         """A student of `steps` steps: the teacher's UNet, every weight moved a little."""
@@ -92,11 +93,7 @@ class Chain:
             _write_metrics(Path(name))
             return self._publish(Path(name), "lcm", "lcm", content)
 
-    def _selection(self) -> Any:
-        downloads = ImageShards(rows_in_table=9, rows_dropped={"width or height": 1}, images=6, failures={"HTTP 404": 2}, shards=1)
-        with tempfile.TemporaryDirectory() as name:
-            (Path(name) / "rows.parquet").write_bytes(b"")
-            self.shards: Any = self._publish(Path(name), "ingest", "ingest", downloads)
+    def _images(self) -> Any:
         random = np.random.default_rng(5)
         with tempfile.TemporaryDirectory() as name:
             writer = ShardWriter(Path(name), 4)
@@ -106,8 +103,15 @@ class Chain:
                 Image.fromarray(pixels).save(buffer, "PNG")
                 writer.add(Sample(f"{number:06d}", "png", buffer.getvalue(), caption, {"url": f"u{number}"}))
             writer.close()
-            content = Selection(images_in=6, images=5, dropped={"sharpness": 1}, shards=2)
-            return self._publish(Path(name), "select", "select", content, {"images": self.shards.identity})
+            content = ImageShards(rows_in_table=9, rows_dropped={"width or height": 1}, images=6, failures={"HTTP 404": 2}, shards=2)
+            return self._publish(Path(name), "ingest", "ingest", content)
+
+    def _selection(self) -> Any:
+        rows = [{"key": f"{number:06d}", "caption": caption, "passed": True} for number, caption in enumerate(CAPTIONS)]
+        with tempfile.TemporaryDirectory() as name:
+            pq.write_table(pa.Table.from_pylist(rows), Path(name) / "verdicts.parquet")
+            content = Selection(source=self.images.identity, images_in=6, images=5, dropped={"sharpness": 1})
+            return self._publish(Path(name), "select", "select", content, {"measurements": "0" * 64})
 
     def _latents(self) -> Any:
         with tempfile.TemporaryDirectory() as name:

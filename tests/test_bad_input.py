@@ -62,7 +62,7 @@ class Bench:
         sections: dict[str, Any] = {
             "name": "bench",
             "ingest": {"table": "table.csv", "processes": 1, "timeout_seconds": 2, "retries": 0},
-            "select": {"processes": 1},
+            "measure": {"processes": 1},
             "teacher": {"source": "teacher"},
             "lightning": {"chain": [8, 4]},
             "evaluate": {"extractor": "efficientnet-lite0"},
@@ -206,7 +206,7 @@ def damage(bench: Bench, change: Callable[[bytes], bytes], name: str = "shard-00
 
 
 def reading(bench: Bench, manifest: Manifest[Any]) -> list[str]:
-    return ["stage", "select", bench.recipe(), "--input", f"images={manifest.identity[:12]}"]
+    return ["stage", "measure", bench.recipe(), "--input", f"images={manifest.identity[:12]}"]
 
 
 def same_first_digits(bench: Bench) -> list[str]:
@@ -280,7 +280,7 @@ def cache_below_a_file(bench: Bench) -> list[str]:
 def bare_predictor(bench: Bench) -> list[str]:
     (bench.folder / "clip").mkdir()
     (bench.folder / "clip" / "config.json").write_text("{}")
-    return ["run", bench.recipe(select={"aesthetic_predictor": "clip"})]
+    return ["run", bench.recipe(measure={"aesthetic_predictor": "clip"})]
 
 
 CASES = (
@@ -315,7 +315,7 @@ CASES = (
     Case(
         "a threshold and nothing that scores",
         lambda b: ["run", b.recipe(ingest={"columns": {"aesthetic": []}})],
-        ("select.min_aesthetic", "found 5.5", "expected names in ingest.columns.aesthetic, or select.aesthetic_predictor, or null"),
+        ("select.min_aesthetic", "found 5.5", "expected names in ingest.columns.aesthetic, or measure.aesthetic_predictor, or null"),
     ),
     Case("a recipe that is no file", lambda _: ["run", "gone.yaml"], ("recipe gone.yaml", "cannot be read", "expected a YAML file")),
     Case("a malformed override", lambda b: ["run", b.recipe(), "--set", "seed"], ("--set seed", "expected section.field=value, such as")),
@@ -448,7 +448,7 @@ CASES = (
     Case(
         "a predictor without its head",
         bare_predictor,
-        ("select.aesthetic_predictor clip", "head.safetensors missing; expected a CLIP model"),
+        ("measure.aesthetic_predictor clip", "head.safetensors missing; expected a CLIP model"),
     ),
     # The store.
     Case(
@@ -475,7 +475,7 @@ CASES = (
     Case(
         "an unknown stage",
         lambda b: ["stage", "dmd2", b.recipe()],
-        ("stage 'dmd2'", "is not in this recipe; expected one of ingest, select"),
+        ("stage 'dmd2'", "is not in this recipe; expected one of ingest, measure, select"),
     ),
     Case("an unknown device", lambda b: ["run", b.recipe(), "--device", "tpu"], ("device 'tpu'", "expected cpu, cuda, cuda:0 or mps")),
     Case("no such GPU", lambda b: ["run", b.recipe(), "--device", "cuda:64"], ("device 'cuda:64'", "this machine has", "that torch")),
@@ -483,8 +483,8 @@ CASES = (
     Case("an ambiguous reference", same_first_digits, ("'abcdef' is ambiguous in file://", "01 (published_model), abcdef")),
     Case(
         "an artifact of another kind",
-        lambda b: ["stage", "select", b.recipe(), "--input", f"images={b.published().identity}"],
-        ("select: input images is of another kind than the stage reads", "ingest is published_model cccccccccccc"),
+        lambda b: ["stage", "measure", b.recipe(), "--input", f"images={b.published().identity}"],
+        ("measure: input images is of another kind than the stage reads", "ingest is published_model cccccccccccc"),
     ),
     # A published model.
     Case(
@@ -534,7 +534,7 @@ CASES = (
     Case(
         "a truncated shard, met by a stage",
         lambda b: reading(b, damage(b, cut)),
-        ("select: the artifact given for ingest (", "is not whole on file://", "see distill verify"),
+        ("measure: the artifact given for ingest (", "is not whole on file://", "see distill verify"),
         code=1,
     ),
     Case(
@@ -632,7 +632,7 @@ def test_a_full_disk(bench: Bench) -> None:
     ("stage", "blocked", "expected"),
     [
         ("ingest", "img2dataset", "ingest: img2dataset is not installed; expected the extra: pip install 'diffusion-distillery[data]'"),
-        ("select", "cv2", "stage select: the package cv2 is not installed here; expected the extras of this stage"),
+        ("measure", "cv2", "stage measure: the package cv2 is not installed here; expected the extras of this stage"),
         ("evaluate", "cleanfid", "cleanfid not installed; expected the extra: pip install 'diffusion-distillery[evaluate]'"),
     ],
 )
@@ -658,24 +658,26 @@ def test_text_in_brackets_is_text(bench: Bench, capsys: pytest.CaptureFixture[st
         assert code == 2 and f"recipe {name}.yaml: cannot be read" in shown
 
 
-@pytest.mark.parametrize(("change", "name"), [(flip, "shard-00000.tar"), (cut, "shard-00000.tar"), (cut, "manifest.json")])
+@pytest.mark.parametrize(
+    ("change", "name"), [(flip, "measurements-00000.parquet"), (cut, "measurements-00000.parquet"), (cut, "manifest.json")]
+)
 def test_a_damaged_artifact_is_removed_on_demand_and_made_again(
     bench: Bench, capsys: pytest.CaptureFixture[str], change: Callable[[bytes], bytes], name: str
 ) -> None:
     images = bench.images()
-    command = ["stage", "select", bench.recipe(), "--input", f"images={images.identity}"]
+    command = ["stage", "measure", bench.recipe(), "--input", f"images={images.identity}"]
     assert bench.run(command, capsys)[0] == 0
-    (selection,) = [manifest for manifest in bench.store.manifests() if manifest.kind == "selection"]
-    path = bench.file_of(selection, name)
+    (measured,) = [manifest for manifest in bench.store.manifests() if manifest.kind == "measurements"]
+    path = bench.file_of(measured, name)
     path.write_bytes(change(path.read_bytes()))
-    assert bench.run(["verify", selection.identity], capsys)[0] == 1
+    assert bench.run(["verify", measured.identity], capsys)[0] == 1
     assert path.exists()
-    code, output, shown = bench.run(["verify", selection.identity[:12], "--remove"], capsys)
-    assert (code, shown) == (0, "") and f"{selection.identity}: was damaged and is removed" in output
-    assert not any(selection.identity in key for key in bench.tree())
+    code, output, shown = bench.run(["verify", measured.identity[:12], "--remove"], capsys)
+    assert (code, shown) == (0, "") and f"{measured.identity}: was damaged and is removed" in output
+    assert not any(measured.identity in key for key in bench.tree())
     assert bench.run(command, capsys)[0] == 0
-    (again,) = [manifest for manifest in bench.store.manifests() if manifest.kind == "selection"]
-    assert (again.identity, again.files) == (selection.identity, selection.files)
+    (again,) = [manifest for manifest in bench.store.manifests() if manifest.kind == "measurements"]
+    assert (again.identity, again.files) == (measured.identity, measured.files)
     assert bench.store.verify(again) == []
 
 
@@ -688,15 +690,20 @@ def test_a_sound_artifact_is_not_removed(bench: Bench, capsys: pytest.CaptureFix
 
 def test_a_damaged_piece_of_an_unfinished_stage_is_removed_and_made_again(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     images = bench.images()
-    command = ["stage", "select", bench.recipe(select={"min_sharpness": 1e9}), "--input", f"images={images.identity}"]
-    code, _, shown = bench.run(command, capsys)  # fails at its end, its measurements kept
-    assert code == 1 and "none of 3 images passes" in shown
-    table = next((bench.folder / "store" / "parts").rglob("measurements.parquet"))
+    command = ["stage", "measure", bench.recipe(), "--input", f"images={images.identity}"]
+    assert bench.run(command, capsys)[0] == 0
+    (whole,) = [manifest for manifest in bench.store.manifests() if manifest.kind == "measurements"]
+    unfinished = bench.folder / "unfinished"  # what a run killed after its first shard has left
+    unfinished.mkdir()
+    name = "measurements-00000"
+    shutil.copyfile(bench.file_of(whole, f"{name}.parquet"), unfinished / f"{name}.parquet")
+    bench.store.remove(whole.identity)
+    bench.store.save_part(whole.identity, name, unfinished)
+    table = next((bench.folder / "store" / "parts").rglob(f"{name}.parquet"))
     table.chmod(0o644)
     table.write_bytes(flip(table.read_bytes()))
     code, _, shown = bench.run(command, capsys)
-    assert (
-        (code, errors_in(shown)) == (1, 1) and "measurements.parquet: expected SHA-256" in shown and "run the same command again" in shown
-    )
-    code, _, shown = bench.run(command, capsys)
-    assert code == 1 and "none of 3 images passes" in shown
+    assert (code, errors_in(shown)) == (1, 1) and f"{name}.parquet: expected SHA-256" in shown and "run the same command again" in shown
+    assert bench.run(command, capsys)[0] == 0
+    (again,) = [manifest for manifest in bench.store.manifests() if manifest.kind == "measurements"]
+    assert again.files == whole.files

@@ -17,12 +17,13 @@ from torch import Tensor
 from schemas.base import Model
 from schemas.data import EncodeConfig
 from schemas.errors import BadInput, RunFailed
-from schemas.manifest import Latents, Manifest, Selection, Teacher
+from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.encode.crop import Crop, centre_crop, crop_pixels
 from stages.pictures import BrokenPictureError, decode_rgb
-from stages.shards import Place, Sample, index_shard, shard_paths
+from stages.selected import selected_places
+from stages.shards import Place, Sample
 from stages.teacher import check_resolution
 from stages.workspace import Workspace
 
@@ -53,7 +54,8 @@ INDEX_SCHEMA: Final = pa.schema(
 class Inputs(Model):
     """What `encode` reads."""
 
-    images: Manifest[Selection]
+    images: Manifest[ImageShards]
+    selection: Manifest[Selection]
     teacher: Manifest[Teacher]
 
 
@@ -62,12 +64,11 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
 
     Raises `BadInput` when the resolution does not suit the teacher's VAE, or a picture is smaller than it (`select.min_side_px` refuses such).
     """
-    images = workspace.fetch(inputs.images)
     teacher = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device, vae_dtype=_DTYPES[config.vae_dtype])
     side = config.resolution_px or teacher.resolution
     check_resolution(side, teacher.downscale)
-    _check_sizes(images, side)
-    places = [place for shard in shard_paths(images) for place in index_shard(shard)]
+    _check_sizes(workspace.fetch(inputs.selection), side)
+    places = selected_places(inputs.images, inputs.selection, workspace)
     places.sort(key=lambda place: _shuffled(workspace.seed, place.key))
     groups = _groups(places, config.shard_samples)
     done = {part.name for part in workspace.parts()}
@@ -104,9 +105,9 @@ def _shuffled(seed: int, key: str) -> bytes:
     return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
 
-def _check_sizes(images: Path, side: int) -> None:
+def _check_sizes(selection: Path, side: int) -> None:
     """Raise `BadInput` before anything is encoded when a selected picture would have to be enlarged."""
-    verdicts = pq.read_table(images / "verdicts.parquet", columns=["key", "passed", "width", "height"])
+    verdicts = pq.read_table(selection / "verdicts.parquet", columns=["key", "passed", "width", "height"])
     short = pc.min_element_wise(verdicts["width"], verdicts["height"])
     small = verdicts.filter(pc.and_(verdicts["passed"], pc.less(short, side)))
     if small.num_rows:

@@ -32,6 +32,7 @@ from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
 from stages.evaluate.summary import Measured, Scores, Sources, summarise
+from stages.selected import selected_places
 from stages.students import load_student
 from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
@@ -49,8 +50,9 @@ class Inputs(Model):
     teacher: Manifest[Teacher]
     latents: Manifest[Latents]
     """Its captions are the prompts where the recipe names no file."""
-    images: Manifest[Selection]
-    """The real images."""
+    images: Manifest[ImageShards]
+    selection: Manifest[Selection]
+    """Which of the images are the real ones to compare with."""
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
 
 
@@ -70,8 +72,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     spec = extractor_spec(config.extractor)
     seed = workspace.seed if config.seed is None else config.seed
     prompts = _prompts(config, inputs, workspace, seed)
-    if inputs.images.content.images < 2:
-        raise BadInput(f"evaluate: FID needs real images, and the selection has {inputs.images.content.images}; expected at least 2")
+    if inputs.selection.content.images < 2:
+        raise BadInput(f"evaluate: FID needs real images, and the selection has {inputs.selection.content.images}; expected at least 2")
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
     rows = rows_of(config, inputs.teacher.content, inputs.students)
     for row in rows:
@@ -97,7 +99,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             _free(workspace.device)
         sample_row(reference, pipeline.denoiser, other_noise, pieces, folder / "samples" / reference.slug)
         of_teacher = _features(reference.slug, functools.partial(read_pictures, folder / "samples" / reference.slug), measure, pieces)
-        real = _features("real", lambda: real_pictures(workspace.fetch(inputs.images), pipeline.resolution), measure, pieces)
+        chosen = selected_places(inputs.images, inputs.selection, workspace)
+        real = _features("real", lambda: real_pictures(chosen, pipeline.resolution), measure, pieces)
 
         measured = Measured(
             identity=workspace.identity,
@@ -160,20 +163,13 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dic
     grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)
     draw_grid(grid.prompts, groups, pictures).save(folder / "grid.png", optimize=True)
 
-    summary = summarise(measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.students, _downloads(inputs, workspace)))
+    summary = summarise(measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students))
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render_report(summary, grid, _curves(inputs, workspace)), encoding="utf-8")
     table = [
         {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | dict(measured.scores[row.name]) for row in rows
     ]
     pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
-
-
-def _downloads(inputs: Inputs, workspace: Workspace) -> Manifest[ImageShards] | None:
-    """The manifest of the downloads behind the selection, for the funnel."""
-    identity = inputs.images.lineage.inputs.get("images")
-    found = None if identity is None else workspace.store.find(identity)
-    return None if found is None or found.kind != "image_shards" else Manifest[ImageShards].model_validate(found.model_dump())
 
 
 def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, tuple[Curve, ...]]:

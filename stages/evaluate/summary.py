@@ -40,10 +40,9 @@ class Sources:
 
     teacher: Manifest[Teacher]
     latents: Manifest[Latents]
-    images: Manifest[Selection]
+    images: Manifest[ImageShards]
+    selection: Manifest[Selection]
     students: Mapping[str, StudentManifest]
-    shards: Manifest[ImageShards] | None
-    """The downloads, where they are still on the store."""
 
 
 def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
@@ -151,28 +150,21 @@ def headline_steps(students: Sequence[Row]) -> list[int]:
 
 def funnel(sources: Sources) -> list[dict[str, Any]]:
     """From rows of the URL table to training samples: each station's count, and what was lost before it, by reason."""
-    selection = sources.images.content
-    stations: list[dict[str, Any]] = []
-    if sources.shards is not None:
-        shards = sources.shards.content
-        wanted = shards.rows_in_table - sum(shards.rows_dropped.values())
-        stations += [
-            {"label": "rows of the table", "count": shards.rows_in_table, "lost": {}},
-            {"label": "worth downloading", "count": wanted, "lost": dict(sorted(shards.rows_dropped.items()))},
-        ]
-        stations.append({"label": "images downloaded", "count": shards.images, "lost": dict(sorted(shards.failures.items()))})
-    else:
-        stations.append({"label": "images downloaded", "count": selection.images_in, "lost": {}})
-    stations.append({"label": "images selected", "count": selection.images, "lost": dict(sorted(selection.dropped.items()))})
+    shards, selection = sources.images.content, sources.selection.content
+    wanted = shards.rows_in_table - sum(shards.rows_dropped.values())
+    stations: list[dict[str, Any]] = [
+        {"label": "rows of the table", "count": shards.rows_in_table, "lost": {}},
+        {"label": "worth downloading", "count": wanted, "lost": dict(sorted(shards.rows_dropped.items()))},
+        {"label": "images downloaded", "count": shards.images, "lost": dict(sorted(shards.failures.items()))},
+        {"label": "images selected", "count": selection.images, "lost": dict(sorted(selection.dropped.items()))},
+    ]
     stations.append({"label": "samples encoded", "count": sources.latents.content.samples, "lost": {}})
     return stations
 
 
 def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
     """The artifacts behind the report, in the order in which they were made."""
-    chain: list[Manifest[Any]] = [sources.images, sources.teacher, sources.latents, *sources.students.values()]
-    if sources.shards is not None:
-        chain.insert(0, sources.shards)
+    chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents, *sources.students.values()]
     rows = [
         {
             "node": manifest.lineage.node,

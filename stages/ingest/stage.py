@@ -41,10 +41,10 @@ def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) 
     table = UrlTable(outside["table"], config.columns)
     next(table.batches(), None)
     bound = recipe.select.min_aesthetic
-    if bound is not None and recipe.select.aesthetic_predictor is None and not table.has("aesthetic"):
+    if bound is not None and recipe.measure.aesthetic_predictor is None and not table.has("aesthetic"):
         raise BadInput(
             f"select.min_aesthetic = {bound:g}: ingest.table {outside['table']} has no column with a score; expected one of "
-            f"{', '.join(config.columns.aesthetic)} (recipe: ingest.columns.aesthetic), or select.aesthetic_predictor, or null"
+            f"{', '.join(config.columns.aesthetic)} (recipe: ingest.columns.aesthetic), or measure.aesthetic_predictor, or null"
         )
 
 

@@ -1,5 +1,5 @@
-"""`select`: images that pass resolution, aesthetics and sharpness."""
+"""`select`: images that pass resolution, aesthetics and sharpness, judged by their measurements alone."""
 
-from stages.select.stage import Inputs, preflight, run
+from stages.select.stage import Inputs, run
 
-__all__ = ["Inputs", "preflight", "run"]
+__all__ = ["Inputs", "run"]

@@ -1,7 +1,7 @@
 """The stage: pictures and captions to a complete pipeline. First the VAE, then, on its latents, the UNet with both text encoders."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from schemas.base import Model
 from schemas.errors import BadInput
-from schemas.manifest import Manifest, Selection, Teacher
+from schemas.manifest import ImageShards, Manifest, Selection, Teacher
 from schemas.teacher import TrainTeacherConfig
 from stages.diffusion.pipeline import inspect
 from stages.encode.crop import centre_crop, crop_pixels
 from stages.pictures import decode_rgb
-from stages.shards import read_samples, shard_paths
+from stages.selected import selected_places
+from stages.shards import Place
 from stages.teacher import weights_digest
 from stages.train_teacher.autoencoder import AutoencoderMethod, encode_all, standardise
 from stages.train_teacher.denoiser import CaptionedLatents, DenoiserMethod
@@ -29,7 +30,8 @@ from stages.workspace import Workspace
 class Inputs(Model):
     """Reads the selected pictures."""
 
-    images: Manifest[Selection]
+    images: Manifest[ImageShards]
+    selection: Manifest[Selection]
 
 
 def run(config: TrainTeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Teacher]:
@@ -38,7 +40,7 @@ def run(config: TrainTeacherConfig, inputs: Inputs, workspace: Workspace) -> Man
     Raises `BadInput` when a picture is smaller than `resolution_px`, before training.
     """
     device = torch.device(workspace.device)
-    pictures, captions, time_ids = load_pictures(workspace.fetch(inputs.images), config.resolution_px)
+    pictures, captions, time_ids = load_pictures(selected_places(inputs.images, inputs.selection, workspace), config.resolution_px)
     tokenizers = build_tokenizers(captions, config.vocabulary_size, config.max_tokens)
 
     with seeded(derive_seed(workspace.seed, "autoencoder")):
@@ -98,7 +100,7 @@ def load_as_float32(path: Path) -> None:
     path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def load_pictures(folder: Path, side: int) -> tuple[Tensor, list[str], Tensor]:
+def load_pictures(places: Iterable[Place], side: int) -> tuple[Tensor, list[str], Tensor]:
     """Read a selection: pictures (N, 3, side, side) uint8, captions, and time ids (N, 6) as SDXL is conditioned on.
 
     Raises `BadInput` naming a picture that would have to be enlarged, or when there are none.
@@ -106,17 +108,16 @@ def load_pictures(folder: Path, side: int) -> tuple[Tensor, list[str], Tensor]:
     pictures: list[Tensor] = []
     captions: list[str] = []
     time_ids: list[list[float]] = []
-    for shard in shard_paths(folder):
-        for sample in read_samples(shard):
-            picture, _ = decode_rgb(sample.image)
-            if min(picture.size) < side:
-                raise BadInput(
-                    f"train_teacher.resolution_px = {side}: picture {sample.key} is {picture.width} x {picture.height}; expected no smaller"
-                )
-            crop = centre_crop(picture.width, picture.height, side)
-            pictures.append(((crop_pixels(picture, crop) + 1) * 127.5).round().to(torch.uint8))
-            captions.append(sample.caption)
-            time_ids.append([*crop.original_hw, crop.top, crop.left, side, side])
+    for sample in (place.read() for place in places):
+        picture, _ = decode_rgb(sample.image)
+        if min(picture.size) < side:
+            raise BadInput(
+                f"train_teacher.resolution_px = {side}: picture {sample.key} is {picture.width} x {picture.height}; expected no smaller"
+            )
+        crop = centre_crop(picture.width, picture.height, side)
+        pictures.append(((crop_pixels(picture, crop) + 1) * 127.5).round().to(torch.uint8))
+        captions.append(sample.caption)
+        time_ids.append([*crop.original_hw, crop.top, crop.left, side, side])
     if not pictures:
         raise BadInput("train_teacher: the selection holds no picture; expected some to learn from")
     return torch.stack(pictures), captions, torch.tensor(time_ids, dtype=torch.float32)

@@ -23,7 +23,7 @@ from schemas.manifest import Manifest
 from tests import tiny_pipelines
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = ("ingest", "select", "teacher", "encode", "lightning-8-4", "lightning-4-2", "lcm", "evaluate", "publish")
+NODES = ("ingest", "measure", "select", "teacher", "encode", "lightning-8-4", "lightning-4-2", "lcm", "evaluate", "publish")
 """The runs of the recipe in order."""
 POLL_SECONDS = 0.005
 _COMMAND = "from flows.cli import main; main()"
@@ -60,7 +60,8 @@ def write_recipe(folder: Path, port: int) -> Path:
             "processes": 1,
             "threads": 8,
         },
-        "select": {"min_side_px": 100, "min_sharpness": 0, "analysis_px": 64, "shard_images": 8, "processes": 1},
+        "measure": {"analysis_px": 64, "processes": 1},
+        "select": {"min_side_px": 100, "min_sharpness": 0},
         "teacher": {"source": str(folder / "teacher")},
         "encode": {"batch_size": 4, "shard_samples": 6},
         "lightning": _TRAINING | {"chain": [8, 4, 2], "ema_decay": 0.9, "optimizer": {"learning_rate": 1e-4}},

@@ -38,6 +38,7 @@ class ToyChain:
     def data(self, **changes: dict[str, Any]) -> dict[str, Any]:
         sections: dict[str, dict[str, Any]] = {
             "ingest": {"table": str(self.folder / "table.csv")},
+            "measure": {},
             "select": {},
             "encode": {},
             "teacher": {"source": str(self.folder / "teacher")},

@@ -11,7 +11,7 @@ from schemas.manifest import Manifest
 from tests.flows.conftest import ToyChain
 
 pytestmark = [pytest.mark.service, pytest.mark.usefixtures("prefect_server")]
-ALL = ["ingest", "select", "teacher", "encode"]
+ALL = ["ingest", "measure", "select", "teacher", "encode"]
 
 
 def run(chain: ToyChain, **changes: dict[str, Any]) -> dict[str, str]:
@@ -73,11 +73,11 @@ def test_a_changed_field_reruns_only_what_follows(chain: ToyChain) -> None:
     assert {name for name in ALL if before[name] != after[name]} == {"select", "encode"}
     run(chain, encode={"batch_size": 3})
     assert chain.runs() == ["encode"]
-    run(chain, ingest={"threads": 3}, select={"processes": 1})  # where and how fast, not what
+    run(chain, ingest={"threads": 3}, measure={"processes": 1})  # where and how fast, not what
     assert chain.runs() == []
     (chain.folder / "table.csv").write_text("url\nhttp://b/1.png")
     run(chain)
-    assert chain.runs() == ["ingest", "select", "encode"]
+    assert chain.runs() == ["ingest", "measure", "select", "encode"]
 
 
 def test_a_cache_hit_is_verified_against_the_store(chain: ToyChain) -> None:

@@ -15,6 +15,8 @@ import yaml
 from flows.cli import main
 from tests.flows.conftest import ToyChain
 
+ALL = ("ingest", "measure", "select", "teacher", "encode")
+
 
 @pytest.fixture(autouse=True)
 def own_process(chain: ToyChain, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -50,15 +52,17 @@ def stages(chain: ToyChain, *names: str) -> None:
 
 
 def test_one_stage_after_the_other_without_prefect(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
-    stages(chain, "ingest", "select", "teacher", "encode")
-    assert chain.runs() == ["ingest", "select", "teacher", "encode"]
+    stages(chain, "ingest", "measure", "select", "teacher", "encode")
+    assert chain.runs() == ["ingest", "measure", "select", "teacher", "encode"]
     capsys.readouterr()
     assert distill("plan", chain.recipe_file(), "--json") == 0
     planned = json.loads(capsys.readouterr().out)
-    assert [(row["name"], row["done"]) for row in planned["stages"]] == [(name, True) for name in ("ingest", "select", "teacher", "encode")]
+    assert [(row["name"], row["done"]) for row in planned["stages"]] == [
+        (name, True) for name in ("ingest", "measure", "select", "teacher", "encode")
+    ]
     assert distill("plan", chain.recipe_file(), "--json", "--set", "encode.batch_size=2") == 0
     changed = json.loads(capsys.readouterr().out)
-    assert [row["done"] for row in changed["stages"]] == [True, True, True, False]
+    assert [row["done"] for row in changed["stages"]] == [True, True, True, True, False]
     assert distill("plan", chain.recipe_file(), "--set", "encode.batch_size=2") == 0
     assert "would run" in capsys.readouterr().out
     stages(chain, "encode")
@@ -66,17 +70,17 @@ def test_one_stage_after_the_other_without_prefect(chain: ToyChain, capsys: pyte
 
 
 def test_a_stage_with_a_given_input_is_another_artifact(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
-    stages(chain, "ingest", "select", "teacher", "encode")
+    stages(chain, "ingest", "measure", "select", "teacher", "encode")
     assert distill("stage", "select", chain.recipe_file(), "--set", "select.min_sharpness=0.9") == 0
     other = next(
         manifest for manifest in chain.store.manifests() if manifest.kind == "selection" and 0.9 in manifest.lineage.config.values()
     )
-    for name in ("images", "select"):  # the field of the stage's inputs, or the run it stands for
+    for name in ("selection", "select"):  # the field of the stage's inputs, or the run it stands for
         chain.runs()
         assert distill("stage", "encode", chain.recipe_file(), "--input", f"{name}={other.identity[:10]}") == 0
     made = [manifest for manifest in chain.store.manifests() if manifest.kind == "latents"]
     assert len(made) == 2
-    assert {manifest.lineage.inputs["images"] == other.identity for manifest in made} == {True, False}
+    assert {manifest.lineage.inputs["selection"] == other.identity for manifest in made} == {True, False}
 
 
 def test_show_and_verify(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,13 +150,13 @@ def test_the_schema_is_one_that_editors_take(chain: ToyChain, capsys: pytest.Cap
         (["run", "toy.yaml", "--store", "file:///proc/store"], "cannot be used"),
         (["run", "toy.yaml", "--device", "tpu"], "device 'tpu': expected cpu, cuda"),
         (["run", "toy.yaml", "--device", "cuda:99"], "this machine has"),
-        (["stage", "publish", "toy.yaml"], "stage 'publish': is not in this recipe; expected one of ingest, select"),
+        (["stage", "publish", "toy.yaml"], "stage 'publish': is not in this recipe; expected one of ingest, measure, select"),
         (["stage", "encode", "toy.yaml", "--input", "images"], "--input images: expected NAME=ARTIFACT"),
         (
             ["stage", "encode", "toy.yaml", "--input", "pairs=abcdef"],
             "input 'pairs': is read by nothing here; expected one of images, teacher",
         ),
-        (["stage", "encode", "toy.yaml", "--input", "images=abcdef"], "no such artifact"),
+        (["stage", "encode", "toy.yaml", "--input", "selection=abcdef"], "no such artifact"),
         (["show", "xyz"], "expected an identity, or its first 6 or more hex digits"),
         (["verify", "0" * 64], "no such artifact"),
         (["sample", "0" * 64, "--prompt", "a", "-o", "x.jpg"], "expected a file name that ends in .png"),
@@ -187,10 +191,10 @@ def test_a_full_disk_is_told_before_work(chain: ToyChain, capsys: pytest.Capture
 
 
 def test_an_input_of_another_kind_is_refused(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
-    stages(chain, "ingest", "select", "teacher")
+    stages(chain, "ingest", "measure", "select", "teacher")
     teacher = next(manifest for manifest in chain.store.manifests() if manifest.kind == "teacher")
     chain.runs()
-    assert distill("stage", "encode", chain.recipe_file(), "--input", f"images={teacher.identity}") == 2
+    assert distill("stage", "encode", chain.recipe_file(), "--input", f"selection={teacher.identity}") == 2
     assert "encode: input images is of another kind than the stage reads" in capsys.readouterr().err
     assert chain.runs() == []
 
@@ -254,7 +258,7 @@ def wait_for_step(chain: ToyChain, process: "subprocess.Popen[str]", step: int) 
 def test_a_stopped_command_resumes_from_a_checkpoint(  # noqa: PLR0917 - the parameters of two axes
     chain: ToyChain, prefect_server: str, number: signal.Signals, code: int, word: str, command: str
 ) -> None:
-    stages(chain, "ingest", "select", "teacher")
+    stages(chain, "ingest", "measure", "select", "teacher")
     chain.runs()
     arguments = ["run", chain.recipe_file()] if command == "run" else ["stage", "encode", chain.recipe_file()]
     process = chain.command(*arguments, server=prefect_server, TOY_SECONDS="0.2")
@@ -286,7 +290,7 @@ def test_with_no_server_the_embedded_one_serves_and_dies_with_the_run(chain: Toy
         pytest.fail("the embedded server outlived kill -9 of its run")
     code, output, shown = chain.run("run", chain.recipe_file())
     assert code == 0, shown
-    assert chain.runs() == ["ingest", "select", "teacher", "encode", "encode"]
+    assert chain.runs() == ["ingest", "measure", "select", "teacher", "encode", "encode"]
     assert "found" in output and "made" in output
     code, output, shown = chain.run("run", chain.recipe_file())
     assert (code, chain.runs()) == (0, []), shown

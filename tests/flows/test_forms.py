@@ -59,15 +59,15 @@ def test_a_single_stage_flow_shares_results_with_the_chain(chain: ToyChain, pref
     from schemas.manifest import Manifest
 
     single = SINGLE_STAGES
-    for name in ("ingest", "select", "teacher"):
+    for name in ("ingest", "measure", "select", "teacher"):
         single[name](chain.recipe(), chain.address)
     manifest = Manifest.model_validate(single["encode"](json.loads(chain.recipe().model_dump_json()), chain.address))
-    assert chain.runs() == ["ingest", "select", "teacher", "encode"]
+    assert chain.runs() == ["ingest", "measure", "select", "teacher", "encode"]
     assert distill_chain(chain.recipe_file(), chain.address)["encode"] == manifest.identity
     assert chain.runs() == []
     other = single["select"](chain.recipe(select={"min_sharpness": 0.7}), chain.address)
-    given = Manifest.model_validate(single["encode"](chain.recipe(), chain.address, inputs={"images": other["identity"]}))
-    assert given.lineage.inputs["images"] == other["identity"] and given.identity != manifest.identity
+    given = Manifest.model_validate(single["encode"](chain.recipe(), chain.address, inputs={"selection": other["identity"]}))
+    assert given.lineage.inputs["selection"] == other["identity"] and given.identity != manifest.identity
 
 
 def test_settings_are_made_before_prefect_and_never_against_the_users(tmp_path: Path) -> None:

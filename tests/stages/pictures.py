@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from infra.store import ArtifactStore
-from schemas.manifest import ImageShards, Manifest
-from stages.shards import Sample, ShardWriter
+from schemas.manifest import ImageShards, Manifest, Selection
+from stages.pictures import decode_rgb
+from stages.shards import Sample, ShardWriter, read_samples, shard_paths
 from tests.workspaces import make_workspace
 
 
@@ -42,6 +45,25 @@ def publish_images(folder: Path, store: ArtifactStore, samples: Iterable[Sample]
             writer.add(one)
         writer.close()
         return workspace.publish(place, ImageShards(rows_in_table=writer.images, images=writer.images, shards=writer.shards))
+
+
+Chosen = dict[str, Any]
+"""The inputs `images` and `selection` of a stage."""
+
+
+def publish_selected(folder: Path, store: ArtifactStore, samples: Iterable[Sample], *, shard_images: int = 4) -> Chosen:
+    """Publish samples as images and as a selection of them all."""
+    images = publish_images(folder, store, samples, shard_images=shard_images)
+    workspace = make_workspace(folder, store, identity="selection")
+    rows = []
+    for shard in shard_paths(workspace.fetch(images)):
+        for one in read_samples(shard):
+            width, height = decode_rgb(one.image)[0].size
+            rows.append({"key": one.key, "caption": one.caption, "passed": True, "reason": None, "width": width, "height": height})
+    with workspace.folder("selection") as place:
+        pq.write_table(pa.Table.from_pylist(rows), place / "verdicts.parquet")
+        selection = workspace.publish(place, Selection(source=images.identity, images_in=len(rows), images=len(rows)))
+    return {"images": images, "selection": selection}
 
 
 def hashes(manifest: Manifest[Any]) -> Mapping[str, str]:

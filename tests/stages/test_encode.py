@@ -4,7 +4,6 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,15 +14,15 @@ from PIL import Image
 from infra.store import ArtifactStore
 from schemas.data import EncodeConfig
 from schemas.errors import BadInput
-from schemas.manifest import Latents, Manifest, Selection, Teacher
+from schemas.manifest import Latents, Manifest, Teacher
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.encode import Inputs, run
 from stages.encode.crop import centre_crop, crop_pixels
 from stages.latents import LatentSet
-from stages.shards import Sample, ShardWriter
+from stages.shards import Sample
 from tests.stages.killed import Job, parts_of, run_until_it_dies
 from tests.stages.killed import run as run_job
-from tests.stages.pictures import encoded, hashes, noise, sample
+from tests.stages.pictures import Chosen, encoded, hashes, noise, publish_selected, sample
 from tests.tiny_pipelines import Kind, save
 from tests.workspaces import make_workspace, open_store
 
@@ -48,16 +47,8 @@ def pictures() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def images(folder: Path, store: ArtifactStore) -> Manifest[Selection]:
-    workspace = make_workspace(folder, store, identity="selection")
-    with workspace.folder("selection") as place:
-        writer = ShardWriter(place, 7)
-        for one in pictures():
-            writer.add(one)
-        writer.close()
-        rows = [{"key": f"{i:010d}", "passed": True, "width": 20 + i, "height": 40 - 2 * i} for i in range(SAMPLES)]
-        pq.write_table(pa.Table.from_pylist(rows), place / "verdicts.parquet")
-        return workspace.publish(place, Selection(images_in=SAMPLES, images=SAMPLES, shards=writer.shards))
+def chosen(folder: Path, store: ArtifactStore) -> Chosen:
+    return publish_selected(folder, store, pictures(), shard_images=7)
 
 
 def publish_teacher(kind: Kind, folder: Path, store: ArtifactStore) -> Manifest[Teacher]:
@@ -71,8 +62,8 @@ def teacher(folder: Path, store: ArtifactStore) -> Manifest[Teacher]:
 
 
 @pytest.fixture(scope="module")
-def latents(folder: Path, store: ArtifactStore, images: Manifest[Selection], teacher: Manifest[Teacher]) -> Manifest[Latents]:
-    return run(CONFIG, Inputs(images=images, teacher=teacher), make_workspace(folder, store, identity="latents", seed=7))
+def latents(folder: Path, store: ArtifactStore, chosen: Chosen, teacher: Manifest[Teacher]) -> Manifest[Latents]:
+    return run(CONFIG, Inputs(**chosen, teacher=teacher), make_workspace(folder, store, identity="latents", seed=7))
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +117,13 @@ def test_the_unconditional_embedding_is_by_the_pipelines_own_rule(encoded_set: L
 
 
 def test_the_order_is_shuffled_by_the_seed_alone(
-    folder: Path, store: ArtifactStore, images: Manifest[Selection], teacher: Manifest[Teacher], latents: Manifest[Latents]
+    folder: Path, store: ArtifactStore, chosen: Chosen, teacher: Manifest[Teacher], latents: Manifest[Latents]
 ) -> None:
     def keys(manifest: Manifest[Latents]) -> list[str]:
         found: list[str] = pq.read_table(store.fetch(manifest) / "index.parquet")["key"].to_pylist()
         return found
 
-    inputs = Inputs(images=images, teacher=teacher)
+    inputs = Inputs(**chosen, teacher=teacher)
     same = run(CONFIG, inputs, make_workspace(folder, store, identity="again", seed=7))
     other = run(CONFIG, inputs, make_workspace(folder, store, identity="other seed", seed=8))
     assert hashes(same) == hashes(latents)
@@ -142,10 +133,11 @@ def test_the_order_is_shuffled_by_the_seed_alone(
 
 @pytest.mark.slow
 def test_killed_it_encodes_only_what_was_left_and_makes_the_same_bytes(
-    folder: Path, images: Manifest[Selection], teacher: Manifest[Teacher], latents: Manifest[Latents], monkeypatch: pytest.MonkeyPatch
+    folder: Path, chosen: Chosen, teacher: Manifest[Teacher], latents: Manifest[Latents], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inputs = {name: manifest.identity for name, manifest in (chosen | {"teacher": teacher}).items()}
     job = Job(
-        stage="encode", config=CONFIG.model_dump(mode="json"), inputs={"images": images.identity, "teacher": teacher.identity}, folder=str(folder),
+        stage="encode", config=CONFIG.model_dump(mode="json"), inputs=inputs, folder=str(folder),
         identity="killed", seed=7, die_after_parts=1,
     )  # fmt: skip
     run_until_it_dies(job)
@@ -164,19 +156,19 @@ def test_killed_it_encodes_only_what_was_left_and_makes_the_same_bytes(
 
 
 def test_a_caption_is_encoded_once_a_shard(
-    folder: Path, store: ArtifactStore, images: Manifest[Selection], teacher: Manifest[Teacher], monkeypatch: pytest.MonkeyPatch
+    folder: Path, store: ArtifactStore, chosen: Chosen, teacher: Manifest[Teacher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[str] = []
     encode_prompts = TeacherPipeline.encode_prompts
     monkeypatch.setattr(TeacherPipeline, "encode_prompts", lambda self, texts: prompts.extend(texts) or encode_prompts(self, texts))
     config = CONFIG.model_copy(update={"shard_samples": 100})
-    run(config, Inputs(images=images, teacher=teacher), make_workspace(folder, store, identity="one shard"))
+    run(config, Inputs(**chosen, teacher=teacher), make_workspace(folder, store, identity="one shard"))
     assert sorted(prompts) == [f"picture {i}" for i in range(4)]
 
 
-def test_a_teacher_without_pooled_text_and_bfloat16_storage(folder: Path, store: ArtifactStore, images: Manifest[Selection]) -> None:
+def test_a_teacher_without_pooled_text_and_bfloat16_storage(folder: Path, store: ArtifactStore, chosen: Chosen) -> None:
     config = CONFIG.model_copy(update={"text_dtype": "bfloat16", "vae_dtype": "bfloat16"})
-    inputs = Inputs(images=images, teacher=publish_teacher("sd15", folder, store))
+    inputs = Inputs(**chosen, teacher=publish_teacher("sd15", folder, store))
     made = run(config, inputs, make_workspace(folder, store, identity="sd15"))
     one = LatentSet.open(made, make_workspace(folder, store))
     latents, conditioning = one.samples([0, 7])
@@ -188,12 +180,12 @@ def test_a_teacher_without_pooled_text_and_bfloat16_storage(folder: Path, store:
 
 @pytest.mark.parametrize("refused", [(64, "12 selected images are smaller, the first 0000000000 with 20 x 40"), (15, "multiple of")])
 def test_a_resolution_that_does_not_suit_is_refused_before_work(
-    folder: Path, store: ArtifactStore, images: Manifest[Selection], teacher: Manifest[Teacher], refused: tuple[int, str]
+    folder: Path, store: ArtifactStore, chosen: Chosen, teacher: Manifest[Teacher], refused: tuple[int, str]
 ) -> None:
     side, message = refused
     config = CONFIG.model_copy(update={"resolution_px": side})
     with pytest.raises(BadInput, match=message):
-        run(config, Inputs(images=images, teacher=teacher), make_workspace(folder, store, identity=f"side {side}"))
+        run(config, Inputs(**chosen, teacher=teacher), make_workspace(folder, store, identity=f"side {side}"))
 
 
 class TestCrop:

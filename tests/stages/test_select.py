@@ -18,10 +18,10 @@ from infra.store import ArtifactStore
 from schemas.data import SelectConfig
 from schemas.errors import BadInput, CorruptArtifact, RunFailed
 from schemas.manifest import ImageShards, Manifest, Selection
+from stages.measure.pictures import measure
+from stages.measure.sharpness import sharpness
 from stages.pictures import BrokenPictureError, decode_rgb, inspect_picture
 from stages.select import Inputs, run
-from stages.select.measure import measure
-from stages.select.sharpness import sharpness
 from stages.shards import index_shard, read_samples, shard_paths
 from tests.stages.killed import Job, parts_of, run_until_it_dies
 from tests.stages.killed import run as run_job
@@ -143,7 +143,7 @@ def test_killed_it_measures_only_what_was_left_and_makes_the_same_bytes(
     run_until_it_dies(job)
     assert parts_of(job) == ["shard-00000", "shard-00001"]
     measured: list[str] = []
-    monkeypatch.setattr("stages.select.measure.read_samples", lambda shard: measured.append(shard.stem) or read_samples(shard))
+    monkeypatch.setattr("stages.measure.pictures.read_samples", lambda shard: measured.append(shard.stem) or read_samples(shard))
     assert hashes(run_job(job.model_copy(update={"die_after_parts": None}))) == hashes(selected)
     assert measured == ["shard-00002", "shard-00003"]
 
@@ -271,7 +271,7 @@ class TestAesthetic:
     def test_the_heads_arithmetic_in_closed_form(self, predictor: Path) -> None:
         from safetensors.torch import load_file
 
-        from stages.select.aesthetic import AestheticPredictor
+        from stages.measure.aesthetic import AestheticPredictor
 
         scorer = AestheticPredictor.load(predictor, "cpu")
         pixels = torch.rand(3, 3, 32, 32)
@@ -296,7 +296,7 @@ class TestAesthetic:
         assert rows["score on the bound"]["aesthetic"] == 5.5
 
     def test_what_is_no_predictor_is_refused(self, predictor: Path, tmp_path: Path) -> None:
-        from stages.select.aesthetic import AestheticPredictor
+        from stages.measure.aesthetic import AestheticPredictor
 
         with pytest.raises(BadInput, match="expected a CLIP model"):
             AestheticPredictor.load(tmp_path, "cpu")

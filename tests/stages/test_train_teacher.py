@@ -11,17 +11,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from schemas.errors import BadInput
-from schemas.manifest import Manifest, Selection
 from schemas.teacher import TrainTeacherConfig
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.shards import ShardWriter
 from stages.train_teacher import Inputs, run
 from stages.train_teacher.autoencoder import encode_all, standardise
 from stages.train_teacher.denoiser import encode_tokens, min_snr_weight
 from stages.train_teacher.networks import assemble_pipeline, build_autoencoder, build_text_encoders, build_unet, seeded
 from stages.train_teacher.vocabulary import END, START, build_tokenizers
 from tests.stages.killed import Job, parts_of, run_until_it_dies
-from tests.stages.pictures import encoded, hashes, noise, sample
+from tests.stages.pictures import encoded, hashes, noise, publish_selected, sample
 from tests.workspaces import make_workspace, open_store
 
 CAPTIONS = ("red apple", "zebra emoji", "a drawing of a bus")
@@ -49,32 +47,28 @@ def config(**more: Any) -> TrainTeacherConfig:
     return TrainTeacherConfig.model_validate(settings | more)
 
 
-def publish_selection(folder: Path, side: int = 20, count: int = 9) -> Manifest[Selection]:
-    workspace = make_workspace(folder, open_store(folder), identity="selection")
-    with workspace.folder("selection") as place:
-        writer = ShardWriter(place, 5)
-        for number in range(count):
-            writer.add(sample(number, encoded(noise(number, side, side + number)), caption=CAPTIONS[number % 3]))
-        writer.close()
-        return workspace.publish(place, Selection(images_in=count, images=count, shards=writer.shards))
+def inputs(folder: Path, side: int = 20, count: int = 9) -> Inputs:
+    store = open_store(folder)
+    pictures = [sample(number, encoded(noise(number, side, side + number)), caption=CAPTIONS[number % 3]) for number in range(count)]
+    return Inputs(**publish_selected(folder, store, pictures, shard_images=5))
 
 
 def test_the_pipeline_draws_and_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    images = publish_selection(tmp_path)
+    chosen = inputs(tmp_path)
     store = open_store(tmp_path)
-    whole = run(config(), Inputs(images=images), make_workspace(tmp_path, store, identity="whole"))
+    whole = run(config(), chosen, make_workspace(tmp_path, store, identity="whole"))
 
     job = Job(
         stage="train-teacher",
         config=config().model_dump(mode="json"),
-        inputs={"images": images.identity},
+        inputs={"images": chosen.images.identity, "selection": chosen.selection.identity},
         folder=str(tmp_path),
         identity="killed",
     )
     for kept in (1, 3):  # in the autoencoder's training, then in the denoiser's
         run_until_it_dies(job.model_copy(update={"die_after_parts": kept}))
     assert any(name.startswith("denoiser") for name in parts_of(job))
-    resumed = run(config(), Inputs(images=images), make_workspace(tmp_path, store, identity="killed"))
+    resumed = run(config(), chosen, make_workspace(tmp_path, store, identity="killed"))
     assert hashes(resumed) == hashes(whole)
 
     folder = store.fetch(whole)
@@ -90,9 +84,9 @@ def test_the_pipeline_draws_and_a_killed_run_ends_with_the_same_bytes(tmp_path: 
 
 
 def test_a_picture_that_would_be_enlarged_is_refused(tmp_path: Path) -> None:
-    images = publish_selection(tmp_path, side=15, count=1)
+    chosen = inputs(tmp_path, side=15, count=1)
     with pytest.raises(BadInput, match="resolution_px = 16: picture 0000000000 is 15 x 15"):
-        run(config(), Inputs(images=images), make_workspace(tmp_path, open_store(tmp_path)))
+        run(config(), chosen, make_workspace(tmp_path, open_store(tmp_path)))
 
 
 def test_standardised_latents_are_of_unit_spread_and_decode_as_before() -> None:

@@ -1,4 +1,4 @@
-"""A chain of four small real stages in the places of ingest, select, teacher and encode: the orchestration's tests need no networks.
+"""A chain of five small real stages in the places of ingest, measure, select, teacher and encode: the orchestration's tests need no networks.
 
 What the stages should do beside their work is read from the folder `TOY_FOLDER`: `<stage>.fail` holds the name of an error and how often to raise it.
 Every run of a body adds a line to `runs.log` there.
@@ -11,7 +11,7 @@ from pathlib import Path
 from schemas import errors
 from stages.registry import STAGES
 
-NAMES = ("ingest", "select", "teacher", "encode")
+NAMES = ("ingest", "measure", "select", "teacher", "encode")
 
 
 def install() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from schemas.base import Model
 from schemas.data import EncodeConfig
-from schemas.manifest import Latents, Manifest, Selection, Teacher
+from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
 from stages.workspace import Workspace
 from tests.flows.toy import folder as toy_folder
 from tests.flows.toy import note_run
@@ -15,7 +15,8 @@ STEPS = 20
 
 
 class Inputs(Model):
-    images: Manifest[Selection]
+    images: Manifest[ImageShards]
+    selection: Manifest[Selection]
     teacher: Manifest[Teacher]
 
 
@@ -34,7 +35,7 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
             (folder / "step.txt").write_text(str(step))
             workspace.save_part(f"checkpoint-{step:08d}", folder)
         raise
-    rows = (workspace.fetch(inputs.images) / "rows.txt").read_text()
+    rows = (workspace.fetch(inputs.selection) / "rows.txt").read_text()
     weights = (workspace.fetch(inputs.teacher) / "weights.bin").read_bytes()
     with workspace.folder("latents") as folder:
         (folder / "latents.txt").write_text(f"{rows}\n{weights.hex()}\n{STEPS} steps in batches of {config.batch_size}")

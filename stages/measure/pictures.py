@@ -7,8 +7,8 @@ from typing import Any, Final
 import cv2
 import pyarrow as pa
 
+from stages.measure.sharpness import sharpness
 from stages.pictures import BrokenPictureError, decode_rgb
-from stages.select.sharpness import sharpness
 from stages.shards import Sample, read_samples
 
 MEASUREMENTS: Final = pa.schema(
