@@ -223,7 +223,7 @@ def test_a_killed_run_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(samples, "SHARD_IMAGES", 4)  # two batches of three a shard, two shards a row
     store = open_store(tmp_path)
-    for made in (chain.shards, chain.teacher, chain.images, chain.latents, *inputs.students.values()):
+    for made in (chain.teacher, chain.images, chain.selection, chain.latents, *inputs.students.values()):
         store.publish(chain.store.fetch(made), identity=made.identity, content=made.content, lineage=made.lineage)
     for images in (2, 12, 30):
         workspace = make_workspace(tmp_path, store, identity="first")
