@@ -19,6 +19,24 @@ def trailing_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tu
     return tuple(round(train_timesteps - i * train_timesteps / steps) - 1 for i in range(steps))
 
 
+class AdversarialConfig(Model):
+    """The discriminator of one sub-stage (SDXL-Lightning 3.2 to 3.4, 3.7)."""
+
+    conditional: bool = True
+    """Whether the discriminator sees x_t too (eq. 22), which keeps the teacher's flow; without (eq. 23) modes are covered more freely."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, betas=(0.0, 0.99))
+    """Of the discriminator; the same as the student's in SDXL-Lightning 3.6."""
+    renoise_timesteps: tuple[Annotated[int, Field(ge=0, lt=TRAIN_TIMESTEPS)], ...] = ()
+    """t*: the discriminator judges predictions of x0, noised anew to one of these (eq. 25, 26). Empty: it judges x_{t-ns} itself.
+    SDXL-Lightning 3.7 for two and one step: 10, 250, 500, 750, here as indices."""
+    renoise_weights: tuple[Annotated[float, Field(gt=0)], ...] = (1, 1, 1, 1)
+    """How often each t* is drawn, relative. SDXL-Lightning 3.7."""
+    late_renoise_weights: tuple[Annotated[float, Field(gt=0)], ...] = (5, 1, 1, 1)
+    """The same in the last part of the training. SDXL-Lightning 3.7; when to change is not published."""
+    late_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the training, at its end, in which the late weights hold."""
+
+
 class LinkConfig(TrainingConfig):
     """One link of the chain: a student of `steps` steps learns from a teacher of `teacher_steps` steps. The identity of one stage run."""
 
@@ -33,6 +51,11 @@ class LinkConfig(TrainingConfig):
     """`sample`: the student is switched to predict x0 (SDXL-Lightning 3.7.3), by `conversion_steps` of eq. 27-29 first."""
     conversion_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: OptimizerConfig
+    start_timesteps: tuple[Annotated[int, Field(ge=0, lt=TRAIN_TIMESTEPS)], ...] | None = None
+    """Timesteps the student is trained at, as long a jump from each, clamped at the clean state. null: its own grid.
+    SDXL-Lightning 3.7 for two and one step: 249, 499, 749, 999."""
+    adversarial: AdversarialConfig | None = None
+    """The objective of 3.2. null: mean squared error."""
 
 
 class LinkOverride(Model):

@@ -99,19 +99,23 @@ class UNetDenoiser:
         """Output (B, C, h, w) in the UNet's type. Raises `ValueError` when an SDXL-type UNet gets no pooled text or time ids."""
         unet = self.unet
         dtype = next(unet.parameters()).dtype  # `unet.dtype` walks through all modules: a tenth of a small network's pass
-        added = None
-        if unet.config.addition_embed_type == "text_time":
-            if conditioning.pooled is None or conditioning.time_ids is None:
-                raise ValueError("conditioning of an SDXL-type UNet: expected pooled text and time ids")
-            added = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.time_ids}
         output: Tensor = unet(
             x_t.to(dtype),
             timesteps,
             encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
-            added_cond_kwargs=added,
+            added_cond_kwargs=added_conditions(unet, conditioning, dtype),
             return_dict=False,
         )[0]
         return output
+
+
+def added_conditions(unet: Any, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """What an SDXL-type UNet is conditioned on beside the text. Raises `ValueError` when it gets no pooled text or time ids."""
+    if unet.config.addition_embed_type != "text_time":
+        return None
+    if conditioning.pooled is None or conditioning.time_ids is None:
+        raise ValueError("conditioning of an SDXL-type UNet: expected pooled text and time ids")
+    return {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.time_ids}
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from stages.diffusion.conditioning import Conditioning
@@ -53,7 +54,8 @@ def ddim_moves(
 ) -> Tensor:
     """DDIM moves through `timesteps`, each (B,) long, the first that of `x_t`: n + 1 of them make n moves (SDXL-Lightning, arXiv 2402.13929, 2.3)."""
     for t, s in pairwise(timesteps):
-        x_t = ddim_move(denoiser, x_t, t, s, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
+        moved = ddim_move(denoiser, x_t, t, s, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
+        x_t = torch.where(append_dims(t == s, x_t.ndim), x_t, moved)  # a sample that has arrived stays as it is
     return x_t
 
 

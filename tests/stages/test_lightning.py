@@ -18,7 +18,9 @@ from stages.diffusion.exact import GaussianMixtureDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
 from stages.diffusion.schedule import CLEAN, NoiseSchedule
-from stages.lightning import ProgressiveLink, SampleSwitch, teacher_moves
+from stages.diffusion.solvers import ddim_moves
+from stages.lightning.grid import teacher_moves
+from stages.lightning.regression import ProgressiveLink, SampleSwitch
 from stages.students import load_student
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
@@ -152,6 +154,31 @@ def test_moves_follow_the_grids_to_the_clean_state() -> None:
         teacher_moves(8, 3, 1000)
 
 
+def test_from_timesteps_off_its_grid_a_student_jumps_as_far_and_no_further_than_the_clean_state() -> None:
+    assert teacher_moves(4, 1, 1000, (999, 749, 499, 249)).tolist() == [
+        [999, 749, 499, 249, CLEAN],
+        [749, 499, 249, CLEAN, CLEAN],
+        [499, 249, CLEAN, CLEAN, CLEAN],
+        [249, CLEAN, CLEAN, CLEAN, CLEAN],
+    ]
+    assert teacher_moves(8, 2, 1000, (749, 249)).tolist() == [[749, 624, 499, 374, 249], [249, 124, CLEAN, CLEAN, CLEAN]]
+    with pytest.raises(ValueError, match=r"timesteps \[250\]: expected entries of the teacher's trailing grid of 4 steps"):
+        teacher_moves(4, 1, 1000, (250,))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_teacher_that_has_arrived_stays(kind: str) -> None:
+    settings = config(4, 1, start_timesteps=(999, 749, 499, 249))
+    link, _ = a_link(settings, kind)
+    latents, conditioning = MixtureSet().samples(list(range(32)))
+    made = link.prepare(LatentBatch(latents, conditioning), Draw(1, (0,), range(32), CPU))
+    assert set(made.sample.timesteps[0].tolist()) == {999, 749, 499, 249}
+    for row in range(32):
+        moves = [t[row : row + 1] for t in made.sample.timesteps if int(t[row]) != CLEAN] + [torch.tensor([CLEAN])]
+        alone = ddim_moves(link.teacher, made.sample.x_t[row : row + 1], moves, conditioning[row])
+        torch.testing.assert_close(made.target[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_is_taken_after_the_jump() -> None:
     """With the teacher as its student, one jump of n = 1 is the teacher's move: the loss is zero; and a known error of eps gives a known loss."""
     settings = config(4, 4)
@@ -188,7 +215,7 @@ def test_a_small_student_learns_the_jump(tmp_path: Path) -> None:
         x = noise
         for t, s in zip(trailing_timesteps(steps), (*trailing_timesteps(steps)[1:], CLEAN), strict=True):
             with torch.no_grad():
-                x = lightning.ddim_moves(denoiser, x, [torch.full((64,), t), torch.full((64,), s)], batch.conditioning)
+                x = ddim_moves(denoiser, x, [torch.full((64,), t), torch.full((64,), s)], batch.conditioning)
         ends.append(x)
     student_error = (ends[0] - ends[1]).square().mean()
     few_steps_error = (ends[2] - ends[1]).square().mean()

@@ -1,0 +1,5 @@
+"""`lightning`: one link of progressive adversarial distillation (SDXL-Lightning, arXiv 2402.13929)."""
+
+from stages.lightning.stage import Inputs, run
+
+__all__ = ["Inputs", "run"]
