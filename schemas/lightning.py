@@ -1,9 +1,11 @@
 """Recipe section of `lightning`: progressive distillation along a nested chain of step counts (SDXL-Lightning, arXiv 2402.13929)."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from schemas.adversarial import AdversarialConfig, AdversarialPlan, Phase
 from schemas.base import Field, Mistake, Model
 from schemas.training import OptimizerConfig, PositiveInt, TrainingConfig
 
@@ -17,24 +19,6 @@ def trailing_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tu
     The rounding is half-to-even, as numpy's and so diffusers' is.
     """
     return tuple(round(train_timesteps - i * train_timesteps / steps) - 1 for i in range(steps))
-
-
-class AdversarialConfig(Model):
-    """The discriminator of one sub-stage (SDXL-Lightning 3.2 to 3.4, 3.7)."""
-
-    conditional: bool = True
-    """Whether the discriminator sees x_t too (eq. 22), which keeps the teacher's flow; without (eq. 23) modes are covered more freely."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, betas=(0.0, 0.99))
-    """Of the discriminator; the same as the student's in SDXL-Lightning 3.6."""
-    renoise_timesteps: tuple[Annotated[int, Field(ge=0, lt=TRAIN_TIMESTEPS)], ...] = ()
-    """t*: the discriminator judges predictions of x0, noised anew to one of these (eq. 25, 26). Empty: it judges x_{t-ns} itself.
-    SDXL-Lightning 3.7 for two and one step: 10, 250, 500, 750, here as indices."""
-    renoise_weights: tuple[Annotated[float, Field(gt=0)], ...] = (1, 1, 1, 1)
-    """How often each t* is drawn, relative. SDXL-Lightning 3.7."""
-    late_renoise_weights: tuple[Annotated[float, Field(gt=0)], ...] = (5, 1, 1, 1)
-    """The same in the last part of the training. SDXL-Lightning 3.7; when to change is not published."""
-    late_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the training, at its end, in which the late weights hold."""
 
 
 class LinkConfig(TrainingConfig):
@@ -69,6 +53,19 @@ class LinkOverride(Model):
     conversion_steps: Annotated[int, Field(ge=0)] | None = None
 
 
+@dataclass(frozen=True)
+class LinkRun:
+    """One run of the stage: what it is called, and whose students it reads (None: the base teacher)."""
+
+    name: str
+    config: LinkConfig
+    teacher: str | None
+    """Whose student teaches."""
+    start: str | None
+    """Whose student this one goes on from."""
+    published: bool
+
+
 class LightningConfig(TrainingConfig):
     """`lightning`: the chain, with settings for all links and overrides by the student's step count."""
 
@@ -87,6 +84,69 @@ class LightningConfig(TrainingConfig):
     """Adam(.9, .999), 1e-5, no weight decay: SDXL-Lightning 3.6, of the MSE links."""
     links: Mapping[PositiveInt, LinkOverride] = {}
     """Overrides by the step count of the link's student."""
+    adversarial: AdversarialPlan | None = None
+    """Sub-stages and discriminator of every link but the first. null: mean squared error on all links, one run each."""
+
+    def runs(self) -> tuple["LinkRun", ...]:
+        """Return the stage runs of the chain in order: one a link, or one a phase of it."""
+        found: list[LinkRun] = []
+        whole: dict[int, str] = {}  # the run whose student teaches, by its step count
+        lora: str | None = None
+        for many, few in pairwise(self.chain):
+            phases = self._phases(few)
+            level = self._teacher_of(many, few)
+            start = whole.get(many)
+            for name, phase in phases.items():
+                run = f"lightning-{many}-{few}" + (f"-{name}" if len(phases) > 1 else "")
+                config = self._run(level, few, phase)
+                begins = lora if phase.network == "lora" else start
+                found.append(LinkRun(run, config, whole.get(level), begins, phase.published))
+                start = run
+                lora = run if phase.network == "lora" else lora
+            whole[few] = found[-1].name
+        return tuple(found)
+
+    def _phases(self, steps: int) -> Mapping[str, Phase]:
+        if self.adversarial is None:
+            return {"": Phase(objective="mse", network=self.links.get(steps, LinkOverride()).network or self.network)}
+        if steps == self.chain[1]:
+            return self.adversarial.first_phases
+        return self.adversarial.one_step_phases if steps == 1 else self.adversarial.phases
+
+    def _teacher_of(self, many: int, few: int) -> int:
+        """The link before, or an earlier one of the chain where the recipe names one."""
+        wanted = self.adversarial.teachers.get(few, many) if self.adversarial is not None and few != self.chain[1] else many
+        return wanted if wanted in self.chain[1:] and wanted > few else many
+
+    def _run(self, teacher_steps: int, steps: int, phase: Phase) -> LinkConfig:
+        base, plan = self.link(steps), self.adversarial
+        changed: dict[str, Any] = {"teacher_steps": teacher_steps, "network": phase.network}
+        if phase.training_steps is not None:
+            changed["training_steps"] = phase.training_steps
+        rate = phase.learning_rate
+        if plan is None or phase.objective == "mse":
+            changed["optimizer"] = base.optimizer.model_copy(update={"learning_rate": rate or base.optimizer.learning_rate})
+            return base.model_copy(update=changed)
+        rate = rate or (plan.lora_learning_rate if phase.network == "lora" else plan.unet_learning_rate)
+        optimizer = base.optimizer.model_copy(update={"learning_rate": rate, "betas": plan.betas})
+        few = steps <= plan.few_steps
+        if steps == 1:
+            override = self.links.get(1, LinkOverride())
+            changed["prediction"] = override.prediction or plan.one_step_prediction
+            changed["conversion_steps"] = plan.conversion_steps if override.conversion_steps is None else override.conversion_steps
+        changed |= {
+            "optimizer": optimizer,
+            "start_timesteps": plan.start_timesteps if few else None,
+            "adversarial": AdversarialConfig(
+                conditional=phase.objective == "conditional",
+                optimizer=optimizer,
+                renoise_timesteps=plan.renoise_timesteps if few else (),
+                renoise_weights=plan.renoise_weights,
+                late_renoise_weights=plan.late_renoise_weights,
+                late_fraction=plan.late_fraction,
+            ),
+        }
+        return base.model_copy(update=changed)
 
     def link(self, steps: int) -> LinkConfig:
         """Return the configuration of the link whose student takes `steps` steps."""
@@ -94,7 +154,9 @@ class LightningConfig(TrainingConfig):
         override = self.links.get(steps, LinkOverride())
         changed = {name: value for name in LinkOverride.model_fields if (value := getattr(override, name)) is not None}
         learning_rate = changed.pop("learning_rate", self.optimizer.learning_rate)
-        shared = {name: getattr(self, name) for name in LinkConfig.model_fields if name in LightningConfig.model_fields}
+        shared = {
+            name: getattr(self, name) for name in LinkConfig.model_fields if name in LightningConfig.model_fields and name != "adversarial"
+        }
         return LinkConfig(
             **(
                 shared

@@ -82,16 +82,11 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
 
     students: list[str] = []
     if recipe.lightning is not None:
-        previous = teacher
-        for steps in recipe.lightning.chain[1:]:
-            link = recipe.lightning.link(steps)
-            name = f"lightning-{link.teacher_steps}-{link.steps}"
+        for run in recipe.lightning.runs():
             inputs: dict[str, Source] = {"teacher": teacher, "latents": "encode"}
-            if previous != teacher:
-                inputs["previous"] = previous
-            nodes.append(Node(name, "lightning", link, seed, inputs))
-            students.append(name)
-            previous = name
+            inputs |= {name: source for name, source in (("source", run.teacher), ("start", run.start)) if source is not None}
+            nodes.append(Node(run.name, "lightning", run.config, seed, inputs))
+            students += [run.name] if run.published else []
     if recipe.lcm is not None:
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs={"teacher": teacher, "latents": "encode"}))
         students.append("lcm")

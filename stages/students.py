@@ -85,13 +85,10 @@ def trained_tensors(unet: Any) -> Mapping[str, Tensor]:
     return {name: parameter.detach() for name, parameter in trainable(unet).items()} | buffers
 
 
-def check_teacher(
-    teacher: Manifest[Teacher], latents: Manifest[Latents], previous: Manifest[StudentUNet | StudentLoRA] | None = None
-) -> None:
+def check_teacher(teacher: Manifest[Teacher], latents: Manifest[Latents], *students: Manifest[StudentUNet | StudentLoRA] | None) -> None:
     """Refuse latents or a student of another teacher. Raises `BadInput` naming both."""
-    for what, made_for in (
-        ("latents", latents.content.teacher),
-        ("previous student", previous.content.teacher if previous else teacher.identity),
-    ):
-        if made_for != teacher.identity:
-            raise BadInput(f"{what}: made with the teacher {made_for[:12]}; expected those of {teacher.identity[:12]}")
+    made_for = [("latents", latents.content.teacher)]
+    made_for += [(f"student {student.identity[:12]}", student.content.teacher) for student in students if student is not None]
+    for what, identity in made_for:
+        if identity != teacher.identity:
+            raise BadInput(f"{what}: made with the teacher {identity[:12]}; expected those of {teacher.identity[:12]}")

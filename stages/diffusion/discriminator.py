@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -80,16 +80,19 @@ def _block(in_channels: int, channels: int, kernel: int | tuple[int, int], *, st
     return [nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=padding), nn.GroupNorm(groups, channels), nn.SiLU()]
 
 
-class Discriminator(nn.Module):
+E = TypeVar("E", bound=Features)
+
+
+class Discriminator(nn.Module, Generic[E]):
     """Logits of being the teacher's.
 
     Conditional (eq. 22): head(concat(d(x_s, s, c), d(x_t, t, c))); unconditional (eq. 23): head(d(x_s, s, c)), the text still given. The sigmoid is
     left to the loss.
     """
 
-    def __init__(self, encoder: Features, head: nn.Module, *, conditional: bool) -> None:
+    def __init__(self, encoder: E, head: nn.Module, *, conditional: bool) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: E = encoder
         self.head = head
         self.conditional = conditional
 
@@ -105,7 +108,7 @@ class Discriminator(nn.Module):
         return logits.float()
 
 
-def unet_discriminator(unet: Any, latent_shape: tuple[int, int, int], *, conditional: bool, seed: int) -> Discriminator:
+def unet_discriminator(unet: Any, latent_shape: tuple[int, int, int], *, conditional: bool, seed: int) -> Discriminator[UNetEncoder]:
     """Make a discriminator that starts as the denoiser sees: the UNet's weights copied, the head random as a function of `seed` alone."""
     encoder = UNetEncoder(unet)
     height, width = (-(-side // encoder.downscale) for side in latent_shape[1:])

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from schemas.lightning import AdversarialConfig, LinkConfig
+from schemas.adversarial import AdversarialConfig
+from schemas.lightning import LinkConfig
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, Prediction, predict
 from stages.diffusion.discriminator import Discriminator
@@ -47,7 +49,7 @@ class AdversarialLink(OnStudentGrid[Judged]):
         student: Denoiser,
         parameters: Mapping[str, nn.Parameter],
         tensors: Mapping[str, Tensor],
-        discriminator: Discriminator,
+        discriminator: Discriminator[Any],
     ) -> None:
         """`parameters` and `tensors`: the student's that are trained, and those that a checkpoint must hold."""
         super().__init__(config, teacher=teacher, student=student, parameters=parameters, tensors=tensors)

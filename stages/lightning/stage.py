@@ -1,4 +1,4 @@
-"""Stage `lightning`: one link of progressive distillation with a mean-squared-error target (SDXL-Lightning, arXiv 2402.13929, 2.3 and 3.6)."""
+"""Stage `lightning`: one link of progressive distillation, or one phase of it (SDXL-Lightning, arXiv 2402.13929)."""
 
 import copy
 from typing import Any
@@ -10,14 +10,16 @@ from schemas.errors import BadInput
 from schemas.lightning import LinkConfig, trailing_timesteps
 from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
+from stages.diffusion.discriminator import unet_discriminator
 from stages.diffusion.lora import add_lora, load_lora
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
+from stages.diffusion.prediction import PREDICTION_TYPES
 from stages.latents import LatentSet
+from stages.lightning.adversarial import AdversarialLink
 from stages.lightning.regression import ProgressiveLink, SampleSwitch
 from stages.students import check_teacher, load_student, ready_for_training, save_student, trainable, trained_tensors
-from stages.training import train
-from stages.training.latent_batches import reader
+from stages.training import Method, train
+from stages.training.latent_batches import LatentBatch, reader
 from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
 
@@ -27,33 +29,32 @@ class Inputs(Model):
 
     teacher: Manifest[Teacher]
     latents: Manifest[Latents]
-    previous: Manifest[StudentUNet | StudentLoRA] | None = None
-    """The link before; its student is this link's teacher and where this link's student starts. None: the first link."""
+    source: Manifest[StudentUNet | StudentLoRA] | None = None
+    """The student of an earlier link, which teaches. None: the teacher itself does."""
+    start: Manifest[StudentUNet | StudentLoRA] | None = None
+    """The student that this one goes on from. None: it starts as the teacher."""
 
 
 def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any]:
-    """Train the student of one link and publish its UNet or LoRA."""
-    check_teacher(inputs.teacher, inputs.latents, inputs.previous)
+    """Train the student of one link, or of one phase of it, and publish its UNet or LoRA."""
+    check_teacher(inputs.teacher, inputs.latents, inputs.source, inputs.start)
     seed = workspace.seed if config.seed is None else config.seed
     latents = LatentSet.open(inputs.latents, workspace)
-    teacher, unet = _networks(config, inputs, workspace, derive_seed(seed, "lora"))
-    student = UNetDenoiser(unet, teacher.schedule, _student_prediction(config, teacher))
-    unconditional = latents.unconditional(1) if config.guidance_scale > 1 else None
+    pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
+    teacher = _frozen(pipeline, inputs.source, workspace)
+    start, unet = _student(config, pipeline, teacher, inputs, workspace)
+    student = UNetDenoiser(
+        unet, teacher.schedule, PREDICTION_TYPES[config.prediction] if config.prediction != "teacher" else start.prediction
+    )
+    trained: dict[str, Any] = {"student": student, "parameters": trainable(unet), "tensors": trained_tensors(unet)}
 
-    if student.prediction is not teacher.prediction and config.conversion_steps:
+    if student.prediction is not start.prediction and config.conversion_steps:
         conversion = config.model_copy(
             update={"training_steps": config.conversion_steps, "lr_schedule": "constant", "warmup_steps": 0, "ema_decay": None}
         )
-        switch = SampleSwitch(conversion, teacher=teacher, student=student, parameters=trainable(unet), tensors=trained_tensors(unet))
+        switch = SampleSwitch(conversion, teacher=start, **trained)
         train(switch, reader(latents), len(latents), conversion, workspace, seed=seed, name="conversion")
-    link = ProgressiveLink(
-        config,
-        teacher=teacher,
-        student=student,
-        parameters=trainable(unet),
-        tensors=trained_tensors(unet),
-        unconditional=unconditional,
-    )
+    link = _method(config, teacher, latents, trained, seed=seed)
     rows = train(link, reader(latents), len(latents), config, workspace, seed=seed)
 
     content = _content(config, inputs, student)
@@ -62,47 +63,57 @@ def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[An
         return workspace.publish(folder, content)
 
 
-def _networks(config: LinkConfig, inputs: Inputs, workspace: Workspace, lora_seed: int) -> tuple[UNetDenoiser, Any]:
-    """The link's teacher, frozen, and the UNet its student trains, started from the teacher's weights."""
-    pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
-    previous = inputs.previous
-    teacher = pipeline.denoiser()
-    if previous is not None:
-        teacher = load_student(pipeline, previous, workspace.fetch(previous), merged=True)
+def _method(
+    config: LinkConfig, teacher: UNetDenoiser, latents: LatentSet, trained: dict[str, Any], *, seed: int
+) -> Method[LatentBatch, Any]:
+    if config.adversarial is None:
+        unconditional = latents.unconditional(1) if config.guidance_scale > 1 else None
+        return ProgressiveLink(config, teacher=teacher, unconditional=unconditional, **trained)
+    discriminator = unet_discriminator(
+        teacher.unet, latents.latent_shape, conditional=config.adversarial.conditional, seed=derive_seed(seed, "discriminator")
+    )
+    ready_for_training(discriminator.encoder.unet, gradient_checkpointing=config.gradient_checkpointing)
+    return AdversarialLink(config, teacher=teacher, discriminator=discriminator, **trained)
+
+
+def _frozen(pipeline: TeacherPipeline, student: Manifest[StudentUNet | StudentLoRA] | None, workspace: Workspace) -> UNetDenoiser:
+    """The denoiser of a student, its LoRA merged, or of the teacher itself."""
+    denoiser = pipeline.denoiser() if student is None else load_student(pipeline, student, workspace.fetch(student), merged=True)
+    denoiser.unet.requires_grad_(False).to(memory_format=torch.channels_last)
+    return denoiser
+
+
+def _student(
+    config: LinkConfig, pipeline: TeacherPipeline, teacher: UNetDenoiser, inputs: Inputs, workspace: Workspace
+) -> tuple[UNetDenoiser, Any]:
+    """What the student starts as, frozen, and the UNet that is trained from there: whole, or the base teacher's with an adapter.
+
+    A LoRA is relative to the base, so that the published one fits other models made from it.
+    """
+    start = teacher if inputs.start == inputs.source else _frozen(pipeline, inputs.start, workspace)
     if config.network == "unet":
-        unet = copy.deepcopy(teacher.unet)
+        unet = copy.deepcopy(start.unet)
         unet.requires_grad_(True)
     else:
-        unet = _lora_unet(config, pipeline, previous, workspace, lora_seed)
-    teacher.unet.requires_grad_(False).to(memory_format=torch.channels_last)
-    return teacher, ready_for_training(unet, gradient_checkpointing=config.gradient_checkpointing)
-
-
-def _lora_unet(
-    config: LinkConfig, pipeline: TeacherPipeline, previous: Manifest[StudentUNet | StudentLoRA] | None, workspace: Workspace, seed: int
-) -> Any:
-    """The base teacher with an adapter, so that the published LoRA is relative to the base and fits other models made from it."""
-    unet = copy.deepcopy(pipeline.unet)
-    if previous is None:
-        add_lora(unet, config.lora_rank, config.lora_alpha, seed=seed)
-        return unet
-    content = previous.content
-    if not isinstance(content, StudentLoRA) or (content.rank, content.alpha) != (config.lora_rank, config.lora_alpha):
-        raise BadInput(
-            f"the link {config.teacher_steps} -> {config.steps} trains a LoRA of rank {config.lora_rank} and alpha {config.lora_alpha}: expected the "
-            "same of the link before, because a LoRA is published relative to the base teacher"
-        )
-    load_lora(unet, workspace.fetch(previous))
-    return unet
-
-
-def _student_prediction(config: LinkConfig, teacher: Denoiser) -> PredictionType:
-    return teacher.prediction if config.prediction == "teacher" else PREDICTION_TYPES[config.prediction]
+        unet = copy.deepcopy(pipeline.unet)
+        if inputs.start is None:
+            add_lora(
+                unet, config.lora_rank, config.lora_alpha, seed=derive_seed(workspace.seed if config.seed is None else config.seed, "lora")
+            )
+        else:
+            content = inputs.start.content
+            if not isinstance(content, StudentLoRA) or (content.rank, content.alpha) != (config.lora_rank, config.lora_alpha):
+                raise BadInput(
+                    f"the link {config.teacher_steps} -> {config.steps} trains a LoRA of rank {config.lora_rank} and alpha {config.lora_alpha}: "
+                    "expected the same of the student it starts from, because a LoRA is published relative to the base teacher"
+                )
+            load_lora(unet, workspace.fetch(inputs.start))
+    return start, ready_for_training(unet, gradient_checkpointing=config.gradient_checkpointing)
 
 
 def _content(config: LinkConfig, inputs: Inputs, student: Denoiser) -> StudentUNet | StudentLoRA:
     facts: dict[str, Any] = {
-        "method": "lightning-mse",
+        "method": "lightning-mse" if config.adversarial is None else "lightning",
         "steps": (config.steps,),
         "timesteps": {config.steps: trailing_timesteps(config.steps, student.schedule.num_train_timesteps)},
         "sampler": "trailing",

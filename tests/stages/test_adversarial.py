@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from schemas.lightning import AdversarialConfig, LinkConfig, trailing_timesteps
+from schemas.adversarial import AdversarialConfig
+from schemas.lightning import LinkConfig, trailing_timesteps
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.discriminator import Discriminator
 from stages.diffusion.prediction import PREDICTION_TYPES
@@ -15,7 +16,7 @@ from stages.diffusion.solvers import ddim_moves, ddim_step
 from stages.lightning.adversarial import DISCRIMINATOR, STUDENT, AdversarialLink, Judged
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
-from tests.stages.test_lightning import CPU, MEANS, SCHEDULE, SHAPE, MixtureSet, SmallStudent, config, mixture
+from tests.stages.test_lightning import CPU, MEANS, SCHEDULE, MixtureSet, SmallStudent, config, mixture
 from tests.training.toys import make_workspace
 
 STARTS = (999, 749, 499, 249)

@@ -250,7 +250,7 @@ def run_link(
     previous: Manifest[StudentUNet | StudentLoRA] | None = None,
 ) -> Manifest[StudentUNet | StudentLoRA]:
     folder, teacher, latents = place
-    inputs = lightning.Inputs(teacher=teacher, latents=latents, previous=previous)
+    inputs = lightning.Inputs(teacher=teacher, latents=latents, source=previous, start=previous)
     return lightning.run(settings, inputs, artifacts.workspace(folder, config=settings))
 
 
@@ -300,7 +300,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_files(sdxl: tuple[Path, Mani
 def test_what_does_not_fit_is_refused(sdxl: tuple[Path, Manifest[Teacher], Manifest[Latents]]) -> None:
     folder, teacher, latents = sdxl
     unet = run_link(sdxl, config(8, 4, training_steps=1))
-    with pytest.raises(BadInput, match="expected the same of the link before"):
+    with pytest.raises(BadInput, match="expected the same of the student it starts from"):
         run_link(sdxl, config(4, 2, network="lora"), unet)
     other = artifacts.make_teacher(folder, "sd15")
     with pytest.raises(BadInput, match=f"latents: made with the teacher {teacher.identity[:12]}; expected those of {other.identity[:12]}"):
