@@ -82,18 +82,8 @@ class UNetDenoiser:
 
     def __init__(self, unet: Any, schedule: NoiseSchedule, prediction: PredictionType) -> None:
         self.unet = unet
-        self._schedule = schedule
-        self._prediction = prediction
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule it was trained with."""
-        return self._schedule
-
-    @property
-    def prediction(self) -> PredictionType:
-        """What its output means."""
-        return self._prediction
+        self.schedule = schedule
+        self.prediction = prediction
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Output (B, C, h, w) in the UNet's type. Raises `ValueError` when an SDXL-type UNet gets no pooled text or time ids."""

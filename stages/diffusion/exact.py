@@ -31,19 +31,9 @@ class GaussianMixtureDenoiser:
         self.means = means
         self.std = std
         self.weights = weights if weights is not None else torch.full((len(means),), 1 / len(means))
-        self._schedule = schedule
-        self._prediction = prediction
+        self.schedule = schedule
+        self.prediction = prediction
         self.by_class = by_class
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The noise schedule it answers for."""
-        return self._schedule
-
-    @property
-    def prediction(self) -> PredictionType:
-        """What its output means."""
-        return self._prediction
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Output (B, C, h, w) at x_t and timesteps (B,).
