@@ -37,6 +37,8 @@ class TrainingConfig(Model):
     """Decay of the student's moving average a step; where set, the average is what is published."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    world_size: Annotated[PositiveInt | None, NotIdentity] = None
+    """Processes that train together, one a device, each with its part of every batch. null: one for each CUDA device; one elsewhere."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of data order and noise. null: the recipe's."""
     checkpoint_every: Annotated[PositiveInt, NotIdentity] = 500

@@ -26,7 +26,7 @@ def map_processes(function: Callable[[Item], Result], items: Sequence[Item], pro
     if workers <= 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=belong_to_parent)
     try:
         yield from pool.map(function, items)
     except BrokenProcessPool as error:
@@ -35,7 +35,7 @@ def map_processes(function: Callable[[Item], Result], items: Sequence[Item], pro
         pool.shutdown(cancel_futures=True)
 
 
-def _belong_to_parent() -> None:
+def belong_to_parent() -> None:
     """Die with the parent, however it dies: a worker waiting for work would never notice. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -18,6 +18,7 @@ from infra.store.local import is_disk_full
 from schemas.base import Model
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Lineage, Manifest, Teacher
+from schemas.training import TrainingConfig
 from stages.plan import Node, Plan
 from stages.registry import stage
 from stages.workspace import Workspace
@@ -107,7 +108,8 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 progress=progress,
                 started=started,
             )
-            manifest = run(node.config, inputs, workspace)
+            processes = _processes(node, surroundings)
+            manifest = run(node.config, inputs, workspace) if processes == 1 else _together(node, inputs, workspace, processes)
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -119,6 +121,21 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
         raise RunFailed(f"{node.name}: made a {manifest.kind}, expected {' or '.join(kind.makes)}")
     logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - started)
     return manifest
+
+
+def _processes(node: Node, surroundings: Surroundings) -> int:
+    """Processes that run the stage together; only training asks for more than one, and only then is torch needed to tell."""
+    if not isinstance(node.config, TrainingConfig):
+        return 1
+    from stages.elastic import processes_for  # noqa: PLC0415
+
+    return processes_for(node.config, surroundings.device)
+
+
+def _together(node: Node, inputs: Model, workspace: Workspace, processes: int) -> Manifest:
+    from stages.elastic import Task, run_together  # noqa: PLC0415
+
+    return run_together(Task.of(node.stage, node.config, inputs, workspace), processes)
 
 
 def _inputs(inputs_class: type[Model], node: Node, known: Mapping[str, Manifest]) -> Model:

@@ -18,6 +18,7 @@ from infra.progress import NullProgress, Progress
 from infra.store import ArtifactStore, Part
 from schemas.errors import CorruptArtifact
 from schemas.manifest import C, Cost, Lineage, Manifest
+from stages.ranks import Parallel
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Workspace:
     device: str = "cpu"
     outside: Mapping[str, str] = field(default_factory=dict)
     """Address of every outside file the plan digested, by name (the URL table, the teacher's folder)."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """Which process this is of those that make the artifact together. Only the first writes to the store; the others wait for it."""
     progress: Progress = field(default_factory=NullProgress)
     started: float = field(default_factory=time.monotonic)
     """`time.monotonic()` at the stage's start."""
@@ -45,8 +48,14 @@ class Workspace:
 
     def publish(self, folder: Path, content: C) -> Manifest[C]:
         """Make the artifact exist: upload every file of `folder`, manifest last. Another writer's finished artifact is adopted."""
+        if not self.parallel.leads:
+            self.parallel.wait()
+            published = self.store.find(self.identity)
+            assert published is not None, "the first process has published it"
+            return published  # type: ignore[return-value]
         lineage = self.lineage.model_copy(update={"cost": measured_cost(self.started), "finished_at": datetime.now(UTC)})
         manifest: Any = self.store.publish(folder, identity=self.identity, content=content, lineage=lineage)  # type: ignore[arg-type]
+        self.parallel.wait()
         return manifest  # type: ignore[no-any-return]
 
     @contextmanager
@@ -61,6 +70,7 @@ class Workspace:
     # Parts: finished shards and checkpoints of an unfinished stage. They survive the process; the runner deletes them once the artifact exists.
     def save_part(self, name: str, folder: Path, note: Mapping[str, JsonValue] | None = None) -> Part:
         """Keep a finished piece of the stage (a shard, a checkpoint) on the store, atomically."""
+        assert self.parallel.leads, "the first process saves for all"
         return self.store.save_part(self.identity, name, folder, note or {})
 
     def parts(self) -> list[Part]:

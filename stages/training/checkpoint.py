@@ -33,11 +33,14 @@ class Checkpoints:
         self._check_nothing_is_forgotten()
 
     def save(self, step: int, rows: list[Row]) -> None:
-        """Save the state after `step` completed steps, atomically, and delete all but the newest.
+        """Save the state after `step` completed steps, atomically, and delete all but the newest. Only the first of several processes writes.
 
         Raises `RunFailed` for weights that are not finite.
         """
         part = f"{self.name}-{step:08d}"
+        self.newest = step
+        if not self.workspace.parallel.leads:
+            return
         with self.workspace.folder("checkpoint") as folder:
             names = {}
             for piece, tensors in self._pieces().items():
@@ -48,7 +51,6 @@ class Checkpoints:
             (folder / "state.json").write_text(json.dumps({"step": step, "updates": updates, "pieces": names}, indent=1))
             write_metrics(rows, folder / "metrics.parquet")
             self.workspace.save_part(part, folder, {"step": step})
-        self.newest = step
         self._names = [*(name for name in self._names if name != part), part]
         self.workspace.delete_parts(self._names[:-KEPT])
         self._names = self._names[-KEPT:]
@@ -58,6 +60,7 @@ class Checkpoints:
 
         Raises `RunFailed` naming what is missing or unknown in it, before anything is changed.
         """
+        self.workspace.parallel.wait()  # nobody writes any more, and all find the same
         parts = [part for part in self.workspace.parts() if part.name.rpartition("-")[0] == self.name]
         self._names = [part.name for part in parts]
         if not parts:

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from stages.training.parallel import Parallel
+from stages.ranks import Parallel
 from stages.training.randomness import generator
 
 B = TypeVar("B")

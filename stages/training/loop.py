@@ -16,7 +16,6 @@ from stages.training.data import Batches
 from stages.training.method import Method
 from stages.training.metrics import Row
 from stages.training.optimization import Updater
-from stages.training.parallel import Parallel
 from stages.training.randomness import Draw, derive_seed, deterministic_kernels
 from stages.workspace import Workspace
 
@@ -34,20 +33,21 @@ def train(
     *,
     seed: int,  # of data order and noise
     name: str = "checkpoint",  # of this run's parts; a stage that trains twice gives each its own
-    parallel: Parallel = Parallel(),  # noqa: B008 - frozen
 ) -> list[Row]:
     """Train the method's networks in place, from the newest checkpoint if there is one, and return every step's figures.
 
     A run killed at any moment and called again ends with the same bits. A finished run called again only loads its last checkpoint, which is kept
     until the artifact exists; so a stage of several runs calls them all, in order, always. On return players with a moving average hold it as
-    their weights. Raises `RunFailed`, naming step, player and culprit, when a loss or a gradient is not finite.
+    their weights. Where processes train together (`workspace.parallel`) each calls this with the same arguments: every one holds the networks,
+    takes its part of each batch and gets the mean of all gradients; the first saves. Raises `RunFailed`, naming step, player and culprit, when a
+    loss or a gradient is not finite.
     """
     assert samples > 0, "an empty set cannot be trained on"
-    assert config.batch_size % (config.accumulation_steps * parallel.world_size) == 0, "the batch must divide into equal micro-batches"
-    if parallel.world_size > 1:
-        raise NotImplementedError("gradients are not yet averaged over processes")
+    assert config.batch_size % (config.accumulation_steps * workspace.parallel.world_size) == 0, (
+        "the batch must divide into equal micro-batches"
+    )
 
-    device = torch.device(workspace.device)
+    device, parallel = torch.device(workspace.device), workspace.parallel
     seed = derive_seed(seed, name)  # two runs of one stage share no noise
     updaters = {player: Updater(settings) for player, settings in method.players.items()}
     checkpoints = Checkpoints(workspace, name, method, updaters)
@@ -77,6 +77,8 @@ def train(
                         (named["loss"] / len(prepared)).backward()  # type: ignore[no-untyped-call]
                         scalars = add_mean(scalars, named, len(prepared))
 
+                    parallel.average_(updater.gradients().values())
+                    scalars = parallel.average_scalars(scalars)
                     grad_norm = updater.grad_norm()
                     figures = to_host({**scalars, "grad_norm": grad_norm})
                     refuse_non_finite(figures, step + 1, player, updater, checkpoints)
@@ -94,7 +96,7 @@ def train(
         except RunFailed:
             raise  # a run that fails by itself would fail again from here: the last good checkpoint is the one to go back to
         except BaseException:
-            if whole and step > (checkpoints.newest or 0):
+            if parallel.leads and whole and step > (checkpoints.newest or 0):
                 checkpoints.save(step, rows)
                 logger.warning("stopped; the state after step %d is saved, and the same command goes on from there", step)
             raise
@@ -140,6 +142,8 @@ def refuse_non_finite(figures: Mapping[str, float], step: int, player: str, upda
 
 def report(step: int, row: Row, config: TrainingConfig, workspace: Workspace) -> None:
     """Tell progress and log."""
+    if not workspace.parallel.leads:
+        return
     figures = {name: value for name, value in row.items() if name != "step"}
     workspace.progress.update(step, config.training_steps, "steps", figures)
     if step % config.log_every == 0:
