@@ -21,7 +21,7 @@ def thumbnail(pixels: NDArray[np.uint8], short_side: int) -> bytes:
     height, width = pixels.shape[:2]
     scale = min(1, short_side / min(height, width))
     size = tuple(max(1, min(round(side * scale), 8 * short_side)) for side in (width, height))
-    small = cv2.resize(_thinned(pixels, 4 * short_side), size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(_thinned(pixels, 2 * short_side), size, interpolation=cv2.INTER_AREA)
     encoded = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _THUMBNAIL_QUALITY])[1]
     return encoded.tobytes()
 
@@ -34,6 +34,9 @@ def clip_pixels(picture: Image.Image, side: int) -> NDArray[np.uint8]:
 
 
 def _thinned(pixels: NDArray[np.uint8], short_side: int) -> NDArray[np.uint8]:
-    """Every n-th pixel both ways, leaving at least `short_side` on the short side: a view, so that what follows touches few pixels."""
-    step = max(1, min(pixels.shape[:2]) // short_side)
-    return pixels[::step, ::step]
+    """Every n-th pixel both ways, leaving at least `short_side` on the short side, so that what follows touches few pixels."""
+    height, width = pixels.shape[:2]
+    step = min(height, width) // short_side
+    if step <= 1:
+        return pixels
+    return np.asarray(cv2.resize(pixels, (width // step, height // step), interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
