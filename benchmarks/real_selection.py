@@ -1,6 +1,6 @@
 """Real photographs and emoji, and planted bad rows of each kind, through `measure` and `select`: `python -m benchmarks.real_selection --photos DIR`.
 
-A photograph whose short side is above 2048 px is brought to half its size, so that it is sharp to the pixel wherever it is in focus; it and its centre
+A photograph whose short side is above 2048 px is brought to half its size, so that it is sharp to the pixel where it is in focus; it and its centre
 square are right. Beside each stand spoilt copies, which are wrong: a Gaussian blur (3 pixels at the scale where sharpness is measured), the picture
 enlarged three times to the size it had, a copy just too small, one cut short, one with a low score, one without a score, and the same file again.
 Emoji are drawn above 1024 px, sharp and blurred. Printed is each picture that got another verdict than it should, and as the last line JSON: the
@@ -29,7 +29,7 @@ from stages import measure, select
 from stages.shards import Sample, ShardWriter
 
 EMOJI: Final = 24
-_FOUND: Final = {"sharp": None, "square": None, "blurred": "sharpness", "enlarged": "high frequency", "small": "resolution"}
+_FOUND: Final = {"sharp": None, "square": None, "blurred": "sharpness", "enlarged": "upscaled", "small": "resolution"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def of_photograph(path: Path) -> Iterator[Case]:
     # Where the subject is not in the middle, a square may show what is out of focus; then it may not pass.
     yield Case(f"{path.stem}: square", jpeg(square), (None, "duplicate"))
     yield Case(f"{path.stem}: blurred", jpeg(picture.filter(ImageFilter.GaussianBlur(3 * scale))), ("sharpness",))
-    yield Case(f"{path.stem}: enlarged", jpeg(third.resize(picture.size, Image.Resampling.BICUBIC)), ("high frequency", "sharpness"))
+    yield Case(f"{path.stem}: enlarged", jpeg(third.resize(picture.size, Image.Resampling.BICUBIC)), ("upscaled", "sharpness"))
     yield Case(f"{path.stem}: small", jpeg(small), ("resolution",))
     yield Case(f"{path.stem}: cut short", sharp[: len(sharp) // 2], ("unreadable",))
     yield Case(f"{path.stem}: low score", jpeg(picture, 91), ("aesthetic",), 5.5)
