@@ -21,7 +21,11 @@ ROWS_SCHEMA: Final = pa.schema(
         ("caption", pa.string()),
         ("stated_width", pa.float64()),
         ("stated_height", pa.float64()),
-        ("aesthetic", pa.float64()),
+        ("aesthetic", pa.float64()),  # as stated, as the four below; null where the table does not say
+        ("similarity", pa.float64()),
+        ("watermark", pa.float64()),
+        ("unsafe", pa.float64()),
+        ("nsfw", pa.string()),
         ("width", pa.int64()),  # of the decoded picture; null where there is none
         ("height", pa.int64()),
         ("sha256", pa.string()),
