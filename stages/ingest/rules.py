@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.web import is_private_host
+from infra.web_addresses import is_private_host
 from schemas.data import IngestConfig
 from stages.ingest.seen import SeenTexts
 
@@ -60,7 +60,7 @@ def no_http_url(batch: pa.RecordBatch, _config: IngestConfig) -> pa.BooleanArray
 
 
 _PLAIN_HOST: Final = r"^(?i:https?://(?:[a-z0-9_-]+\.)+[a-z]+(?::[0-9]+)?(?:[/?#]|$))"
-_SPECIAL_NAME: Final = r"^(?i:https?)://[^/?#]*\.(?i:local|localhost|internal)(?:[:/?#]|$)"
+_SPECIAL_NAME: Final = r"^(?i:https?)://[^/?#]*\.(?i:local|localhost|internal|localdomain|arpa)(?:[:/?#]|$)"
 
 
 def private_address(batch: pa.RecordBatch, config: IngestConfig) -> pa.BooleanArray | None:

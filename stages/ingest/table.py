@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -87,7 +88,7 @@ class UrlTable:
         """Yield the rows. Raises `BadInput` naming file and column for values that are not what their column should hold, or no rows at all."""
         row = 0
         for file in self._files:
-            for batch in self._parquet_batches(file) if file.endswith(".parquet") else self._csv_batches(file):
+            for batch in _ahead(self._parquet_batches(file) if file.endswith(".parquet") else self._csv_batches(file)):
                 if batch.num_rows:
                     yield self._mapped(batch, row, file)
                     row += batch.num_rows
@@ -140,7 +141,7 @@ class UrlTable:
     def _parquet_batches(self, file: str) -> Iterator[pa.RecordBatch]:
         try:
             with self._open(file) as stream:
-                parquet = pq.ParquetFile(stream)
+                parquet = pq.ParquetFile(stream, pre_buffer=False)  # which keeps every row group in memory until the last
                 names = _Columns.find(parquet.schema_arrow.names, self.columns, file).names
                 yield from parquet.iter_batches(BATCH_ROWS, columns=sorted(set(names.values())))
         except (pa.ArrowException, OSError) as error:
@@ -182,6 +183,15 @@ class UrlTable:
             except pa.ArrowException as error:
                 raise BadInput(f"ingest.table {file}: column {names[field]} cannot be read as {wanted} ({error})") from error
         return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
+
+
+def _ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same batches, each read and decoded by a thread while the one before is worked on."""
+    with ThreadPoolExecutor(1, "table") as reader:
+        waiting = reader.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = reader.submit(next, batches, None)
+            yield batch
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from infra.web import FetchError, FetchLimits, fetch, fetch_with_retries, is_private_host
+from infra.web import FetchError, FetchLimits, fetch, fetch_with_retries
+from infra.web_addresses import is_private_host
 from schemas.data import ColumnMap, IngestConfig
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import ImageShards, Manifest
