@@ -73,7 +73,7 @@ class TestAddresses:
         resolve(monkeypatch, "127.0.0.1")
         with socket.create_server(("127.0.0.1", 0)) as server:
             server.settimeout(0.1)
-            with pytest.raises(FetchError, match="^private address$"):
+            with pytest.raises(FetchError, match=r"^private address$"):
                 fetch(f"{scheme}://{host}:{server.getsockname()[1]}/", PUBLIC)
             with pytest.raises(TimeoutError):
                 server.accept()
@@ -89,7 +89,7 @@ class TestAddresses:
     ) -> None:
         resolve(monkeypatch, "127.0.0.2")
         site.pages["/away"] = status(302, Location=target.format(port=site.port))
-        with pytest.raises(FetchError, match="^private address$"):
+        with pytest.raises(FetchError, match=r"^private address$"):
             fetch(site.url("/away"), PUBLIC)
         assert site.asked == ["/away"]
 
@@ -106,7 +106,7 @@ class TestAddresses:
         }
         assert fetch("http://public.example/a", PUBLIC) == b"from the proxy"
         for url in ("http://public.example/b", "http://10.0.0.1/"):
-            with pytest.raises(FetchError, match="^private address$"):
+            with pytest.raises(FetchError, match=r"^private address$"):
                 fetch(url, PUBLIC)
         assert site.asked == ["http://public.example/a", "http://public.example/b"]
 
