@@ -70,9 +70,10 @@ class IngestConfig(Model):
     allow_private_addresses: bool = False
     """Whether URLs on loopback and private networks may be fetched. The demo, which serves its own pictures, needs it."""
     distributor: Annotated[Literal["multiprocessing", "pyspark", "ray"], NotIdentity] = "multiprocessing"
-    """img2dataset's way to spread downloads: processes of this machine, or the machines of a Spark or Ray cluster."""
+    """img2dataset's way to spread downloads: `processes` of this machine, or a Spark or Ray cluster, which their own configuration names (Spark's
+    files, RAY_ADDRESS; without it all cores of this machine) and whose machines have this package installed."""
     shared_folder: Annotated[str | None, NotIdentity] = None
-    """Path or address (s3://) of a folder that all machines of the distributor can read and write, for a chunk's files on their way. null: local scratch."""
+    """Path or address (s3://) of a folder that all machines of a cluster read and write, for a chunk's files on their way. null: local scratch."""
     chunk_rows: Annotated[int, Field(ge=1), NotIdentity] = 10_000
     """Rows fetched by one start of the downloader (seconds), and then kept on the store: a killed run loses at most these."""
     processes: Annotated[int, Field(ge=1), NotIdentity] = 4

@@ -5,6 +5,7 @@ imports little, because every process of img2dataset imports it again. Standard 
 group ends, so that no killed parent leaves downloads running. Processes that Spark and Ray start on this machine end with the driver they belong to.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -31,6 +32,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="lifeline").start()
 
 
+def _spark() -> contextlib.AbstractContextManager[object]:
+    """A session by Spark's own configuration, for img2dataset to find: the one it would make itself is on this machine whatever that says."""
+    from pyspark.sql import SparkSession  # noqa: PLC0415 - only where asked for
+
+    session: contextlib.AbstractContextManager[object] = SparkSession.builder.appName("diffusion-distillery").getOrCreate()
+    return session
+
+
 if __name__ == "__main__":
     _end_with_parent()
     options = json.loads(Path(sys.argv[1]).read_text())
@@ -38,4 +47,5 @@ if __name__ == "__main__":
     if not issubclass(GuardedDownloader, program.Downloader):
         raise RuntimeError("img2dataset.main does not work with img2dataset.downloader.Downloader: this version cannot be given our rules")
     setattr(program, "Downloader", functools.partial(GuardedDownloader, **options["guard"]))  # noqa: B010 - mypy knows no such attribute
-    program.download(**options["download"])
+    with _spark() if options["download"]["distributor"] == "pyspark" else contextlib.nullcontext():
+        program.download(**options["download"])

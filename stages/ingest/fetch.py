@@ -168,7 +168,7 @@ def _options(rows: int, config: IngestConfig, place: str, folder: Path) -> Path:
 def _run(options: Path) -> str:
     """Run the program to its end, its lines into our log; it never outlives us. Returns its last lines."""
     search = os.pathsep.join(filter(None, (str(Path(infra.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    environment = {"PYSPARK_PYTHON": sys.executable} | os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     last: deque[str] = deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
         [sys.executable, "-P", str(_PROGRAM), str(options)],
