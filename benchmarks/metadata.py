@@ -27,10 +27,11 @@ GROUP_ROWS: Final = 500_000
 """Rows of one row group, and of one step of the making."""
 REPEATS: Final = 3
 COLUMNS: Final = ("URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "punsafe", "pwatermark", "AESTHETIC_SCORE")
-_WORDS: Final = pa.array(
+_TEXT: Final = (
     "a red old photo of the city mountain portrait vintage kitchen design wedding dress for sale how to make best summer winter sea beach dog cat "
-    "garden house interior modern wall art print canvas poster black white flower tree forest river lake sunset free vector background".split()
+    "garden house interior modern wall art print canvas poster black white flower tree forest river lake sunset free vector background"
 )
+_WORDS: Final = pa.array(_TEXT.split())
 
 
 def write_table(path: Path, rows: int) -> None:
@@ -82,8 +83,8 @@ def filtered(path: Path) -> MetadataFilter:
 def measure_metadata(rows: int = ROWS, folder: Path | None = None) -> dict[str, float]:
     """Make the table below `folder` (default: the system's temporary one), measure and delete it.
 
-    Returns `metadata_vs_scan` (the filter's rows per second over the scan's; best of `REPEATS` each, taken in turn), `metadata_peak_mb` (growth of the
-    peak resident memory of a process that does nothing but filter, in 10^6 bytes), and beside them the rates and the share that passes.
+    Returns `metadata_vs_scan` (the filter's rows per second over the scan's; best of `REPEATS` each, taken in turn), `metadata_peak_mb` (growth
+    of the peak resident memory of a process that does nothing but filter, in 10^6 bytes), and beside them the rates and the share that passes.
     """
     with tempfile.TemporaryDirectory(prefix="metadata-", dir=folder) as place:
         path = Path(place) / "table.parquet"

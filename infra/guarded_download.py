@@ -1,9 +1,9 @@
 """img2dataset's unit of work with the fetching of one file done by `infra.web`.
 
 img2dataset's own fetching has no limit of size or of total time, follows redirects into private networks, and says what went wrong in words that
-differ from run to run. Its distributors send a `Downloader` by pickle to the processes that work: spawned ones, Spark's Python workers, Ray's actors, on
-this machine or others. A pickled object names its class, so each process that unpickles a `GuardedDownloader` imports this module, and has no way
-to download without its rules. Machines of a cluster need this package installed for that; where it is missing they fail.
+differ from run to run. Its distributors send a `Downloader` by pickle to the processes that work: spawned ones, Spark's and Ray's workers, on this
+machine or others. A pickled object names its class, so each process that unpickles a `GuardedDownloader` imports this module, and has no way to
+download without its rules. Machines of a cluster need this package installed for that; where it is missing they fail.
 
 Imports little, because every process of the downloader imports this.
 """
@@ -28,7 +28,7 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]  # img2dataset has no
     def __init__(self, *, max_bytes: int, allow_private: bool, **named: Any) -> None:
         """`max_bytes` and `allow_private` are of `FetchLimits`, the others img2dataset's own. Raises `RuntimeError` where img2dataset has changed."""
         super().__init__(**named)
-        if not callable(getattr(img2dataset.downloader, _SEAM, None)):
+        if not hasattr(img2dataset.downloader, _SEAM):
             raise RuntimeError(f"img2dataset.downloader has no {_SEAM}: this version cannot be given address rules and limits")
         self.max_bytes, self.allow_private = max_bytes, allow_private
 
@@ -37,7 +37,12 @@ class GuardedDownloader(Downloader):  # type: ignore[misc]  # img2dataset has no
         return super().__call__(row)
 
     def fetch(
-        self, row: tuple[int, str], timeout: float, retries: int, user_agent_token: str | None, disallowed_header_directives: set[str] | None
+        self,
+        row: tuple[int, str],
+        timeout: float,
+        retries: int,
+        user_agent_token: str | None,
+        disallowed_header_directives: set[str] | None,
     ) -> tuple[int, io.BytesIO | None, str | None]:
         """Stand in for img2dataset's function of the same arguments: (key, the file, None) or (key, None, what went wrong)."""
         key, url = row

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ class Sample:
     """The file as downloaded."""
     caption: str
     row: Mapping[str, Any]
-    """What is known of it: `url`, `width`, `height` (pixels, upright), `aesthetic` (or None), `sha256`."""
+    """What is known of it: `url`, `sha256`, `width`, `height` (pixels, upright), and what the table states or None: `aesthetic`, `similarity`,
+    `watermark`, `unsafe`, `nsfw`."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,3 @@ class ShardWriter:
         if self._tar is not None:
             self._tar.close()
             self._tar = None
-
-
-def move_shards(sources: Sequence[Path], folder: Path, first: int) -> int:
-    """Rename shards into `folder`, numbered from `first` on; return the next number."""
-    for number, source in enumerate(sources, first):
-        source.replace(folder / f"shard-{number:05d}.tar")
-    return first + len(sources)

@@ -102,11 +102,16 @@ def fetch_rows(rows: pa.Table, config: IngestConfig, folder: Path, shared: str |
     missing = rows.num_rows - sum(map(len, fetched))
     if missing:
         raise RunFailed(f"img2dataset ended without a word on {missing} of {rows.num_rows} rows; its last lines:\n{last_lines}")
-    told = [Downloads.model_validate({name: json.loads(path.read_text())[name] for name in Downloads.model_fields}) for path in output.glob("*_stats.json")]
+    told = [
+        Downloads.model_validate({name: json.loads(path.read_text())[name] for name in Downloads.model_fields})
+        for path in output.glob("*_stats.json")
+    ]
     downloads = sum(told, Downloads())
     got = sum(one.failure is None for group in fetched for one in group)
     if (downloads.count, downloads.successes) != (rows.num_rows, got):
-        raise RunFailed(f"img2dataset's statistics say {downloads.successes} of {downloads.count} rows were fetched, its files {got} of {rows.num_rows}")
+        raise RunFailed(
+            f"img2dataset's statistics say {downloads.successes} of {downloads.count} rows were fetched, its files {got} of {rows.num_rows}"
+        )
     return fetched, downloads
 
 
@@ -168,7 +173,9 @@ def _options(rows: int, config: IngestConfig, place: str, folder: Path) -> Path:
 def _run(options: Path) -> str:
     """Run the program to its end, its lines into our log; it never outlives us. Returns its last lines."""
     search = os.pathsep.join(filter(None, (str(Path(infra.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
-    environment = {"PYSPARK_PYTHON": sys.executable} | os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    environment = (
+        {"PYSPARK_PYTHON": sys.executable} | os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    )
     last: deque[str] = deque(maxlen=_LAST_LINES)
     process = subprocess.Popen(
         [sys.executable, "-P", str(_PROGRAM), str(options)],

@@ -20,6 +20,7 @@ from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+
 class Inputs(Model):
     """`ingest` reads no artifact."""
 
@@ -96,7 +97,7 @@ def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
 
 
 def chunk_name(first: int, rows: int) -> str:
-    """Name of the part that keeps `rows` rows from the `first` that passes on: another `chunk_rows` finds what is the same piece, and nothing else."""
+    """Name of the part that keeps `rows` rows, the first being the `first` that passes: after another `chunk_rows` only equal pieces are found."""
     return f"chunk-{first:010d}-{rows}"
 
 

@@ -8,7 +8,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from tests.workspaces import open_store
 GOOD = 20
 CHUNK = 16
 DROPPED = {
-    "resolution": 1, "aesthetic": 1, "watermark": 1, "unsafe": 1, "nsfw": 1, "no http url": 1, "empty caption": 1, "broken text": 1, "duplicate url": 1,
+    "resolution": 1, "aesthetic": 1, "watermark": 1, "unsafe": 1, "nsfw": 1, "no http url": 1, "empty caption": 1, "broken text": 1,
+    "duplicate url": 1,
 }  # fmt: skip
 FAILED = {
     "broken image": 1, "connection": 1, "file too large": 1, "http 404": 1, "http 500": 1, "not an image": 1, "refused by robots tag": 1,
@@ -134,7 +134,9 @@ def test_shards_hold_the_original_bytes_in_the_order_of_the_table(made: Manifest
     samples = [one for shard in shard_paths(folder) for one in read_samples(shard)]
     assert [one.key for one in samples] == sorted(one.key for one in samples)
     urls = pq.read_table(job.outside["table"], columns=["URL", "AESTHETIC_SCORE"]).to_pylist()
-    captions = [text.decode() if b"\xff" not in text else "" for text in pq.read_table(job.outside["table"])["TEXT"].cast(pa.binary()).to_pylist()]
+    captions = [
+        text.decode() if b"\xff" not in text else "" for text in pq.read_table(job.outside["table"])["TEXT"].cast(pa.binary()).to_pylist()
+    ]
     table = [row | {"TEXT": caption} for row, caption in zip(urls, captions, strict=True)]
     for one in samples:
         source = table[int(one.key)]
@@ -146,7 +148,9 @@ def test_shards_hold_the_original_bytes_in_the_order_of_the_table(made: Manifest
         assert one.extension == ("jpg", "png", "webp")[number % 3]
         assert one.row["aesthetic"] == pytest.approx(source["AESTHETIC_SCORE"]) or source["AESTHETIC_SCORE"] is None
         assert one.row["sha256"] == hashlib.sha256(one.image).hexdigest()
-    scores = {one.row["url"].rsplit("/", 1)[1]: [one.row[name] for name in ("similarity", "watermark", "unsafe", "nsfw")] for one in samples}
+    scores = {
+        one.row["url"].rsplit("/", 1)[1]: [one.row[name] for name in ("similarity", "watermark", "unsafe", "nsfw")] for one in samples
+    }
     assert scores["4"] == [0.31, 0.25, 0.125, "UNLIKELY"]
     assert scores["5"] == [None, None, None, None] == scores["1"]
     assert [len(list(read_samples(shard))) for shard in shard_paths(folder)] == [8, 8, 4], "full, whatever failed between them"
@@ -226,7 +230,9 @@ def test_the_downloader_refuses_private_addresses_in_its_own_processes(job: Job,
 
 
 @pytest.mark.parametrize("name", ["pyspark", "ray"])
-def test_a_distributor_that_is_not_installed_is_refused_before_anything_runs(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distributor_that_is_not_installed_is_refused_before_anything_runs(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else object())
     (tmp_path / "t.csv").write_text("url,caption,aesthetic\nhttp://a/1,a,6\n")

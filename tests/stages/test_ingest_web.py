@@ -78,15 +78,17 @@ class TestAddresses:
             with pytest.raises(TimeoutError):
                 server.accept()
 
-    def test_the_address_that_was_checked_is_the_one_connected_to(self, site: Site, monkeypatch: pytest.MonkeyPatch, only_this_is_public: None) -> None:
+    @pytest.mark.usefixtures("only_this_is_public")
+    def test_the_address_that_was_checked_is_the_one_connected_to(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = resolve(monkeypatch, "127.0.0.1", "127.0.0.2")  # DNS rebinding: the second answer leads inside
         assert fetch(f"http://rebinding.example:{site.port}/page", PUBLIC) == b"a page"
         assert asked == ["rebinding.example"]
 
-    @pytest.mark.parametrize("target", ["http://127.0.0.2:{port}/page", "http://inside.example:{port}/page", "http://localhost:{port}/page"])
-    def test_redirects_into_private_networks_are_refused(
-        self, target: str, site: Site, monkeypatch: pytest.MonkeyPatch, only_this_is_public: None
-    ) -> None:
+    @pytest.mark.parametrize(
+        "target", ["http://127.0.0.2:{port}/page", "http://inside.example:{port}/page", "http://localhost:{port}/page"]
+    )
+    @pytest.mark.usefixtures("only_this_is_public")
+    def test_redirects_into_private_networks_are_refused(self, target: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(monkeypatch, "127.0.0.2")
         site.pages["/away"] = status(302, Location=target.format(port=site.port))
         with pytest.raises(FetchError, match=r"^private address$"):
