@@ -67,6 +67,7 @@ class IngestConfig(Model):
     retries: Annotated[int, Field(ge=0)] = 1
     """Further tries of one address by the downloader."""
     max_file_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """Larger files are refused. A process of the downloader may hold two for each of its threads."""
     allow_private_addresses: bool = False
     """Whether URLs on loopback and private networks may be fetched. The demo, which serves its own pictures, needs it."""
     distributor: Annotated[Literal["multiprocessing", "pyspark", "ray"], NotIdentity] = "multiprocessing"

@@ -22,7 +22,7 @@ class Sample:
     """The file as downloaded."""
     caption: str
     row: Mapping[str, Any]
-    """What is known of it: `url`, `sha256`, `width`, `height` (pixels, upright), and what the table states or None: `aesthetic`, `similarity`,
+    """What is known of it: `url`, `width`, `height` (pixels, upright) and `sha256`; null where the table has none: `aesthetic`, `similarity`,
     `watermark`, `unsafe`, `nsfw`."""
 
 

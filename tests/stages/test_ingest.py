@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,7 @@ from schemas.manifest import ImageShards, Manifest
 from stages.ingest import preflight
 from stages.ingest.fetch import fetch_rows
 from stages.shards import read_samples, shard_paths
+from tests.services import ObjectStore
 from tests.stages.killed import Job, parts_of, run, start
 from tests.stages.pictures import encoded, hashes, noise
 from tests.web import Site, cut_short, serve, slowly, status, with_headers
@@ -250,3 +252,20 @@ def test_a_run_with_too_many_failures_stops_and_keeps_nothing(job: Job) -> None:
     with pytest.raises(RunFailed, match=r"3 of 3 downloads failed, more than ingest.max_failed_fraction = 0.5: connection 3"):
         run(dead)
     assert parts_of(dead) == []
+
+
+@pytest.mark.slow
+@pytest.mark.service
+def test_files_may_pass_through_an_object_store(
+    job: Job, site: Site, tmp_path: Path, seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (seaweedfs.environment | {"AWS_ENDPOINT_URL": seaweedfs.endpoint}).items():
+        monkeypatch.setenv(name, value)
+    rows = pa.table({"row": [0, 1], "url": [site.url("/1"), site.url("/nowhere")]})
+    shared = f"s3://{seaweedfs.bucket}/passing/{tmp_path.name}"
+    system = fsspec.filesystem("s3")
+    system.pipe_file(f"{shared}/downloaded/00000.parquet", b"left by a run that was killed")
+    groups, downloads = fetch_rows(rows, IngestConfig.model_validate(job.config), tmp_path, shared)
+    assert {one.row: one.failure or one.read() for group in groups for one in group} == {0: site.pages["/1"], 1: "http 404"}
+    assert downloads.count == 2
+    assert system.glob(f"{shared}/**/*.*") == []
