@@ -67,9 +67,10 @@ def _group(first: int, rows: int) -> pa.Table:
 
 
 def scan(path: Path) -> int:
-    """Read what the filter reads, in batches of the same size, and do nothing with it."""
+    """Read what the filter reads, in batches of the same size, and do nothing with it: pyarrow's scan with the settings that are fastest here."""
     with pa.OSFile(str(path)) as stream:
-        return sum(batch.num_rows for batch in pq.ParquetFile(stream).iter_batches(BATCH_ROWS, columns=list(COLUMNS)))
+        batches = pq.ParquetFile(stream, pre_buffer=False).iter_batches(BATCH_ROWS, columns=list(COLUMNS))
+        return sum(batch.num_rows for batch in batches)
 
 
 def filtered(path: Path) -> MetadataFilter:
