@@ -54,8 +54,62 @@ class MeasureConfig(Model):
     processes: Annotated[int, Field(ge=1), NotIdentity] = 2
 
 
+Script = Literal[
+    "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil", "Thai", "Han", "Hiragana", "Katakana",
+    "Hangul",
+]  # fmt: skip
+"""Unicode's name of a script."""
+
+
+class CaptionRules(Model):
+    """Which rules captions go through, cleaning first: a caption that a rule changes is counted under the rule's name."""
+
+    unescape_html: bool = True
+    """Entities back to characters, as often as they were escaped; tags away."""
+    normalise_unicode: bool = True
+    """NFC, which CLIP's own tokenizer applies. NFKC would rewrite what a caption says: x² to x2, ½ to 1⁄2, ™ to TM."""
+    strip_control: bool = True
+    """Control and invisible characters, text-direction marks, private use, and what could not be decoded."""
+    strip_urls: bool = True
+    """Web and mail addresses."""
+    strip_file_names: bool = True
+    """IMG_1234.JPG, DSC00012, holiday.png."""
+    strip_camera: bool = True
+    """Cameras and exposures as written by a camera, such as: Canon EOS 5D, f/2.8, 1/200s, ISO 100. A camera within a sentence stays."""
+    strip_boilerplate: bool = True
+    """Stock photo, royalty free, Getty Images, | Flickr and their like."""
+    strip_sizes: bool = True
+    """1920x1080, 300 dpi, 2.4 MB."""
+    strip_dates: bool = True
+    """Dates and times."""
+    tidy_punctuation: bool = True
+    """What stripping leaves: empty brackets, separators with nothing between them or at an end."""
+    collapse_spaces: bool = True
+    """Any run of white space to one space."""
+    empty: bool = True
+    """Drop: nothing is left."""
+    too_short: bool = True
+    """Drop: fewer than `min_characters`."""
+    all_numbers: bool = True
+    """Drop: not one letter (numbers, signs, emoji)."""
+    wrong_script: bool = True
+    """Drop: fewer than half of the letters are of `scripts`."""
+
+
+class CaptionConfig(Model):
+    """How captions are cleaned, and which are dropped."""
+
+    rules: CaptionRules = CaptionRules()
+    min_characters: Annotated[int, Field(ge=1)] = 5
+    """Of the cleaned caption. LAION-400M dropped texts of fewer than 5."""
+    max_characters: Annotated[int, Field(ge=16, le=10_000)] = 1000
+    """A longer caption is cut here: CLIP's text encoders read 77 tokens, some 300 characters."""
+    scripts: Annotated[tuple[Script, ...], Field(min_length=1)] = ("Latin",)
+    """What the teacher's text encoders know. SDXL's learned from English captions: other scripts fall apart into bytes that mean nothing to them."""
+
+
 class SelectConfig(Model):
-    """`select`: images that pass resolution, aesthetics and sharpness."""
+    """`select`: images that pass resolution, aesthetics, sharpness and what the table says of them; captions cleaned, doubles dropped."""
 
     min_side_px: Annotated[int, Field(ge=0)] = 1024
     """Strict lower bound of the short side of the decoded picture (pixels). SDXL-Lightning 3.6: "larger than 1024"."""
@@ -63,6 +117,21 @@ class SelectConfig(Model):
     """Strict lower bound of the LAION aesthetic score; a picture without a score is dropped. null: not looked at."""
     min_sharpness: Annotated[float, Field(ge=0)] = 0.02
     """Lower bound of the Laplacian variance over luma variance at `measure.analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
+    min_high_frequency: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Lower bound of the share of energy above half of Nyquist at native size: pictures that were enlarged have next to none."""
+    max_watermark: Fraction | None = 0.5
+    """Strict upper bound of the watermark probability, as in laion-improved-aesthetics, which Stable Diffusion 1 was trained on; a row that has
+    none passes. null: not looked at."""
+    max_unsafe: Fraction | None = 0.5
+    """Strict upper bound of LAION's unsafe probability; a row that has none passes. null: not looked at."""
+    drop_nsfw: tuple[Literal["UNLIKELY", "UNSURE", "NSFW"], ...] = ("NSFW",)
+    """Labels of LAION's NSFW column whose rows are dropped; a row without a label passes."""
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Strict lower bound of the CLIP similarity of picture and caption; a row that has none passes. null: not looked at."""
+    max_hash_distance: Annotated[int, Field(ge=0, le=8)] | None = 4
+    """Pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture, of which the largest stays. null: only equal files
+    are one."""
+    captions: CaptionConfig = CaptionConfig()
 
 
 class EncodeConfig(Model):
