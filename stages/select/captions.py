@@ -22,7 +22,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.data import CaptionConfig, CaptionRules
-from stages.select.patterns import BOILERPLATE, CAMERA, CONTROL, DATE, EMPTY_BRACKETS, ENDS, FILE_NAME, REPEATED, SIZE, STRAY_SPACE, TAG, URL
+from stages.select.patterns import (
+    BOILERPLATE,
+    CAMERA,
+    CONTROL,
+    DATE,
+    EMPTY_BRACKETS,
+    ENDS,
+    FILE_NAME,
+    REPEATED,
+    SIZE,
+    STRAY_SPACE,
+    TAG,
+    URL,
+)
 
 
 def unescape_html(caption: str) -> str:
@@ -114,10 +127,13 @@ CLEANING: Final[Mapping[str, Rule]] = {
         r"|download|click|rights|copyright|©|\(c\)|courtesy|credit|thumbnail",
     ),
     "strip_sizes": Rule(strip_sizes, rf"\d{_S}?(x|×|\*|[kmg]b|dpi|ppi|px|pixel|mp|mega)"),
-    "strip_dates": Rule(strip_dates, r"\d"),
+    "strip_dates": Rule(
+        strip_dates, r"\d[\-/.]\d+[\-/.]\d|\d:\d\d(:|[\t-\r ]?[ap])|(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[^|]*(18|19|20)\d\d"
+    ),
     "tidy_punctuation": Rule(
         tidy_punctuation,
-        rf"^[\t-\r _|,;:/\\•·*~#+=>.!?–—\-]|[\t-\r _|,;:/\\•·*~#+=<–—\-]$|{_SEPARATOR}{_S}*{_SEPARATOR}|{_S}[,.;:!?]|[(\[{{]{_S}*[)\]}}]",
+        rf"^[\t-\r _|,;:/\\•·*~#+=>.!?–—\-]|[\t-\r _|,;:/\\•·*~#+=<–—\-]$|{_SEPARATOR}{_S}+{_SEPARATOR}|[,;:|•·][,;:|•·]|{_S}[,.;:!?]({_S}|$)"
+        rf"|[(\[{{]{_S}*[)\]}}]",
     ),
     "collapse_spaces": Rule(collapse_spaces, rf"{_S}{_S}|^{_S}|{_S}$|[^\x20-\x7e]"),
 }
