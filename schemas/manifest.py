@@ -49,7 +49,7 @@ class ImageShards(Model):
 
 
 class Measurements(Model):
-    """`measurements-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
+    """`measurements-NNNNN.parquet` and `thumbnails-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
 
     kind: Literal["measurements"] = "measurements"
     source: Sha256

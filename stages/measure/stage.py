@@ -20,6 +20,8 @@ from stages.parallel import map_processes
 from stages.shards import index_shard, shard_paths
 from stages.workspace import Workspace
 
+THUMBNAILS_PER_GROUP: Final = 64
+"""Rows of a row group, so that one thumbnail can be read without its whole file."""
 _SCORE_BATCH: Final = 32
 
 Scorer = Callable[[pa.Table, Path], pa.Table]
@@ -52,12 +54,15 @@ def run(config: MeasureConfig, inputs: Inputs, workspace: Workspace) -> Manifest
     score = _predictor(config, workspace)
     remaining = [number for number in range(len(shards)) if table_name(number) not in done]
     tables = map_processes(
-        partial(measure_shard, analysis_px=config.analysis_px), [shards[number] for number in remaining], config.processes
+        partial(measure_shard, analysis_px=config.analysis_px, thumbnail_px=config.thumbnail_px),
+        [shards[number] for number in remaining],
+        config.processes,
     )
-    for number, measured in zip(remaining, tables, strict=True):
+    for number, (measured, thumbnails) in zip(remaining, tables, strict=True):
         table = score(measured, shards[number]) if score is not None else measured
         with workspace.folder("part") as folder:
             pq.write_table(table, folder / f"{table_name(number)}.parquet")
+            pq.write_table(thumbnails, folder / f"{thumbnails_name(number)}.parquet", row_group_size=THUMBNAILS_PER_GROUP)
             workspace.save_part(table_name(number), folder, {"images": table.num_rows})
         workspace.progress.update(number + 1, len(shards), "shards")
 
@@ -65,15 +70,20 @@ def run(config: MeasureConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         images = 0
         for part in workspace.parts():
             with workspace.folder("part") as place:
-                name = f"{part.name}.parquet"
-                (workspace.load_part(part, place) / name).replace(folder / name)
-            images += pq.read_metadata(folder / name).num_rows
+                for table in workspace.load_part(part, place).iterdir():
+                    table.replace(folder / table.name)
+            images += pq.read_metadata(folder / f"{part.name}.parquet").num_rows
         return workspace.publish(folder, Measurements(source=inputs.images.identity, images=images, shards=len(shards)))
 
 
 def table_name(shard: int) -> str:
     """Name of a shard's table and of the part that keeps it, without suffix."""
     return f"measurements-{shard:05d}"
+
+
+def thumbnails_name(shard: int) -> str:
+    """Name of a shard's table of thumbnails, without suffix."""
+    return f"thumbnails-{shard:05d}"
 
 
 def _predictor(config: MeasureConfig, workspace: Workspace) -> Scorer | None:

@@ -1,0 +1,339 @@
+"""`measure`: what is told of every picture, and that no picture of the open web can end it."""
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+from safetensors.torch import save_file
+
+from infra.store import ArtifactStore
+from schemas.data import MeasureConfig
+from schemas.errors import BadInput, CorruptArtifact
+from schemas.manifest import ImageShards, Manifest, Measurements
+from stages.measure import Inputs, run
+from stages.measure.pictures import MEASUREMENTS, THUMBNAILS, measure
+from stages.measure.sharpness import luma_of, sharpness
+from stages.pictures import BrokenPictureError, decode_rgb, inspect_picture
+from stages.shards import index_shard, read_samples, shard_paths
+from tests.stages.killed import Job, parts_of, run_until_it_dies
+from tests.stages.killed import run as run_job
+from tests.stages.pictures import encoded, hashes, noise, publish_images, sample
+from tests.workspaces import make_workspace, open_store
+
+CONFIG = MeasureConfig(analysis_px=32, processes=1)
+ORIENTATION = 0x0112
+
+
+def rotated(width: int, height: int) -> bytes:
+    """A JPEG whose tag says that it lies on its side."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return encoded(noise(1, width, height), "JPEG", exif=exif)
+
+
+def smooth(cells: int, size: int) -> Image.Image:
+    """Full contrast and no detail finer than a cell."""
+    return noise(0, cells, cells).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def animation(size: int) -> bytes:
+    frames = [noise(i, size, size) for i in range(3)]
+    return encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+
+
+def deep(mode: str, size: int) -> bytes:
+    """16 bits a pixel."""
+    values = np.random.default_rng(0).integers(0, 65536, (size, size), dtype=np.uint16)
+    return encoded(Image.fromarray(values).convert(mode))
+
+
+PICTURES: list[tuple[str, bytes, dict[str, Any]]] = [
+    ("noise", encoded(noise(0, 65, 80)), {"similarity": 0.31, "watermark": 0.2, "unsafe": 0.01, "nsfw": "UNLIKELY"}),
+    ("lies on its side", rotated(100, 65), {}),
+    ("no score", encoded(noise(0, 80, 80)), {"aesthetic": None}),
+    ("blurred", encoded(smooth(3, 640)), {}),
+    ("flat", encoded(Image.new("RGB", (80, 80), "teal")), {}),
+    ("cut short", encoded(noise(0, 80, 80))[:9000], {}),
+    ("no picture", b"<html>", {}),
+    ("no bytes", b"", {}),
+    ("a bomb", encoded(Image.new("1", (16_000, 16_000))), {}),
+    ("animated", animation(80), {}),
+    ("cmyk", encoded(noise(0, 80, 80).convert("CMYK"), "JPEG"), {}),
+    ("palette", encoded(noise(0, 80, 80).convert("P")), {}),
+    ("grey", encoded(noise(0, 80, 80).convert("L"), "JPEG"), {}),
+    ("16 bit grey", deep("I;16", 80), {}),
+    ("transparent", encoded(noise(0, 80, 80).convert("RGBA")), {}),
+    ("one pixel wide", encoded(noise(0, 1, 3000)), {}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("measure")
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> ArtifactStore:
+    return open_store(folder)
+
+
+@pytest.fixture(scope="module")
+def images(folder: Path, store: ArtifactStore) -> Manifest[ImageShards]:
+    samples = [sample(i, data, caption=name, **row) for i, (name, data, row) in enumerate(PICTURES)]
+    return publish_images(folder, store, samples, shard_images=5)
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path, store: ArtifactStore, images: Manifest[ImageShards]) -> Manifest[Measurements]:
+    return run(CONFIG, Inputs(images=images), make_workspace(folder, store, identity="measurements"))
+
+
+def table(store: ArtifactStore, manifest: Manifest[Measurements], name: str = "measurements") -> pa.Table:
+    """All tables of a name, one after the other."""
+    return pa.concat_tables(pq.read_table(path) for path in sorted(store.fetch(manifest).glob(f"{name}-*.parquet")))
+
+
+def by_caption(rows: pa.Table) -> dict[str, dict[str, Any]]:
+    return {row["caption"]: row for row in rows.to_pylist()}
+
+
+def test_every_picture_has_a_row_of_the_stated_columns(store: ArtifactStore, measured: Manifest[Measurements]) -> None:
+    rows, thumbnails = table(store, measured), table(store, measured, "thumbnails")
+    assert rows.schema == MEASUREMENTS and thumbnails.schema == THUMBNAILS
+    assert rows["caption"].to_pylist() == [name for name, _, _ in PICTURES]
+    assert thumbnails["key"] == rows["key"]
+    assert (measured.content.images, measured.content.shards) == (len(PICTURES), -(-len(PICTURES) // 5))
+    assert sorted(entry.path for entry in measured.files) == sorted(
+        f"{name}-{shard:05d}.parquet" for name in ("measurements", "thumbnails") for shard in range(measured.content.shards)
+    )
+
+
+def test_what_the_shard_knows_of_a_picture_is_copied(store: ArtifactStore, measured: Manifest[Measurements]) -> None:
+    rows = by_caption(table(store, measured))
+    known = sample(0, PICTURES[0][1], **PICTURES[0][2]).row
+    names = ("url", "aesthetic", "similarity", "watermark", "unsafe", "nsfw", "sha256")
+    assert {name: rows["noise"][name] for name in names} == {name: known[name] for name in names}
+    assert [rows["lies on its side"][name] for name in names[2:6]] == [None] * 4
+    assert rows["no score"]["aesthetic"] is None
+
+
+def test_measurements_are_of_the_upright_picture(store: ArtifactStore, measured: Manifest[Measurements]) -> None:
+    rows = by_caption(table(store, measured))
+    assert (rows["lies on its side"]["width"], rows["lies on its side"]["height"]) == (65, 100)
+    assert [name for name, row in rows.items() if row["animated"]] == ["animated"]
+
+
+def test_a_picture_that_does_not_decode_is_a_row_that_says_why(store: ArtifactStore, measured: Manifest[Measurements]) -> None:
+    rows = by_caption(table(store, measured))
+    reasons = {name: row["unreadable"] for name, row in rows.items() if row["unreadable"] is not None}
+    assert reasons == {
+        "cut short": "broken image", "no picture": "not an image", "no bytes": "not an image", "a bomb": "too many pixels"
+    }  # fmt: skip
+    for name, row in rows.items():
+        numbers = [row[column] for column in ("sharpness", "high_frequency", "phash")]
+        assert numbers == [None] * 3 if name in reasons else None not in numbers
+        assert (row["width"] == 0) == (row["height"] == 0) == (name in reasons)
+
+
+def test_thumbnails_show_the_upright_picture(store: ArtifactStore, measured: Manifest[Measurements]) -> None:
+    rows, thumbnails = table(store, measured).to_pylist(), table(store, measured, "thumbnails")["thumbnail"].to_pylist()
+    for row, data in zip(rows, thumbnails, strict=True):
+        assert (data is None) == (row["unreadable"] is not None)
+        if data is not None:
+            shown = Image.open(io.BytesIO(data))
+            scale = min(1, CONFIG.thumbnail_px / min(row["width"], row["height"]))
+            assert shown.size == (max(1, round(row["width"] * scale)), max(1, round(row["height"] * scale)))
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_makes_the_same_bytes(
+    folder: Path, store: ArtifactStore, images: Manifest[ImageShards], measured: Manifest[Measurements]
+) -> None:
+    config = CONFIG.model_copy(update={"processes": 2})
+    again = run(config, Inputs(images=images), make_workspace(folder, store, identity="two processes"))
+    assert hashes(again) == hashes(measured)
+
+
+def test_killed_it_measures_only_what_was_left_and_makes_the_same_bytes(
+    folder: Path, images: Manifest[ImageShards], measured: Manifest[Measurements], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(
+        stage="measure",
+        config=CONFIG.model_dump(mode="json"),
+        inputs={"images": images.identity},
+        folder=str(folder),
+        identity="killed",
+        die_after_parts=2,
+    )
+    run_until_it_dies(job)
+    assert parts_of(job) == ["measurements-00000", "measurements-00001"]
+    worked: list[str] = []
+    monkeypatch.setattr("stages.measure.pictures.read_samples", lambda shard: worked.append(shard.stem) or read_samples(shard))
+    assert hashes(run_job(job.model_copy(update={"die_after_parts": None}))) == hashes(measured)
+    assert worked == ["shard-00002", "shard-00003"]
+
+
+def test_a_shard_cut_short_is_a_corrupt_artifact(tmp_path: Path, store: ArtifactStore, images: Manifest[ImageShards]) -> None:
+    whole = shard_paths(store.fetch(images))[0].read_bytes()
+    for kept in (700, len(whole) // 2):
+        (tmp_path / "shard-00000.tar").write_bytes(whole[:kept])
+        with pytest.raises(CorruptArtifact, match=r"shard-00000\.tar"):
+            [place.read() for place in index_shard(tmp_path / "shard-00000.tar")]
+
+
+def sharp(picture: Image.Image, analysis_px: int) -> float:
+    return sharpness(luma_of(picture), analysis_px)
+
+
+class TestSharpness:
+    def test_closed_forms(self) -> None:
+        board = np.indices((64, 64)).sum(axis=0) % 2 * 255
+        assert sharp(Image.fromarray(board.astype(np.uint8)), 64) == pytest.approx(64, rel=0.01)
+        grey = np.random.default_rng(0).normal(128, 30, (512, 512)).clip(0, 255).astype(np.uint8)
+        assert sharp(Image.fromarray(grey), 512) == pytest.approx(20, rel=0.02)
+        wave = (127 + 100 * np.sin(2 * np.pi * np.arange(512) / 16))[None].repeat(512, 0)  # one frequency: gain (2 - 2 cos w)^2
+        assert sharp(Image.fromarray(wave.astype(np.uint8)), 512) == pytest.approx((2 - 2 * np.cos(2 * np.pi / 16)) ** 2, rel=0.05)
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (64, 64)])
+    def test_flat_and_thin_pictures_have_none(self, size: tuple[int, int]) -> None:
+        assert sharp(Image.new("RGB", size, "red"), 32) == 0.0
+
+    def test_neither_contrast_nor_size_moves_it_and_blur_does(self) -> None:
+        picture = smooth(128, 1024)
+        here = sharp(picture, 256)
+        assert sharp(Image.eval(picture, lambda value: 64 + value // 2), 256) == pytest.approx(here, rel=0.05)
+        assert sharp(picture.resize((2048, 2048), Image.Resampling.BICUBIC), 256) == pytest.approx(here, rel=0.05)
+        assert sharp(picture.filter(ImageFilter.GaussianBlur(12)), 256) < here / 4
+
+
+class TestHostileBytes:
+    """A verdict or a counted reason, never anything else."""
+
+    @staticmethod
+    @cache
+    def originals() -> list[bytes]:
+        picture = noise(0, 40, 30)
+        exif = Image.Exif()
+        exif[ORIENTATION] = 8
+        return [
+            encoded(picture), encoded(picture, "JPEG", exif=exif), encoded(picture, "JPEG", progressive=True), encoded(picture, "WEBP"),
+            encoded(picture.convert("P")), encoded(picture.convert("CMYK"), "JPEG"), deep("I;16", 20), animation(20), encoded(picture, "GIF"),
+            encoded(picture, "TIFF"), encoded(picture, "BMP"),
+        ]  # fmt: skip
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.data())
+    def test_damaged_files(self, data: st.DataObject) -> None:
+        damaged = bytearray(data.draw(st.sampled_from(self.originals())))
+        for _ in range(data.draw(st.integers(0, 6))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+        kept = bytes(damaged[: data.draw(st.integers(0, len(damaged)))]) if data.draw(st.booleans()) else bytes(damaged)
+        self.judge(kept)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x10\x00\x00\x00WEBP", b""]), st.binary(max_size=200))
+    def test_rubbish(self, magic: bytes, rest: bytes) -> None:
+        self.judge(magic + rest)
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        width=st.integers(1, 300),
+        height=st.integers(1, 300),
+        mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]),
+        orientation=st.integers(0, 12),
+    )
+    def test_whole_files_of_any_mode_and_shape(self, width: int, height: int, mode: str, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        data = encoded(Image.new(mode, (width, height)), exif=exif)
+        row = self.judge(data)
+        assert row["unreadable"] is None
+        assert (row["width"], row["height"]) == ((height, width) if orientation in (5, 6, 7, 8) else (width, height))
+        facts = inspect_picture(data)
+        assert (facts.width, facts.height) == (row["width"], row["height"])
+
+    def judge(self, data: bytes) -> dict[str, Any]:
+        row, small = measure(sample(0, data), 32, 8)
+        assert row["unreadable"] in (None, "not an image", "broken image", "unsupported format", "too many pixels")
+        assert (row["unreadable"] is None) == (row["sharpness"] is not None) == (small["thumbnail"] is not None)
+        return row
+
+    def test_transparency_lies_over_white_and_16_bits_keep_their_range(self) -> None:
+        clear, _ = decode_rgb(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
+        assert clear.getpixel((0, 0)) == (255, 255, 255)
+        grey, _ = decode_rgb(encoded(Image.fromarray(np.full((4, 4), 0x8000, np.uint16))))
+        assert grey.getpixel((0, 0)) == (128, 128, 128)
+        with pytest.raises(BrokenPictureError):
+            decode_rgb(io.BytesIO(b"rubbish").getvalue())
+
+
+class TestAesthetic:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        from infra.torchvision_ops import define_missing_ops
+
+        define_missing_ops()
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        place = tmp_path_factory.mktemp("predictor")
+        torch.manual_seed(0)
+        config = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, projection_dim=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+        )
+        CLIPVisionModelWithProjection(config).save_pretrained(place)
+        head = {
+            "layers.0.weight": torch.randn(4, 8),
+            "layers.0.bias": torch.randn(4),
+            "layers.7.weight": torch.randn(1, 4),
+            "layers.7.bias": torch.randn(1),
+        }
+        save_file(head, place / "head.safetensors")
+        return place
+
+    def test_the_heads_arithmetic_in_closed_form(self, predictor: Path) -> None:
+        from safetensors.torch import load_file
+
+        from stages.measure.aesthetic import AestheticPredictor
+
+        scorer = AestheticPredictor.load(predictor, "cpu")
+        pixels = torch.rand(3, 3, 32, 32)
+        head = load_file(predictor / "head.safetensors")
+        mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        with torch.no_grad():
+            features = scorer.clip((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)).image_embeds
+        weight = head["layers.7.weight"] @ head["layers.0.weight"]
+        bias = head["layers.7.weight"] @ head["layers.0.bias"] + head["layers.7.bias"]
+        expected = torch.nn.functional.normalize(features) @ weight.T + bias
+        torch.testing.assert_close(scorer.score(pixels), expected[:, 0], rtol=1e-4, atol=1e-5)
+
+    def test_only_rows_without_a_score_are_scored(
+        self, predictor: Path, folder: Path, store: ArtifactStore, images: Manifest[ImageShards]
+    ) -> None:
+        config = CONFIG.model_copy(update={"aesthetic_predictor": "given"})
+        outside = {"aesthetic_predictor": str(predictor)}
+        rows = by_caption(
+            table(store, run(config, Inputs(images=images), make_workspace(folder, store, identity="scored", outside=outside)))
+        )
+        assert rows["no score"]["aesthetic"] not in (None, 6.0)
+        assert rows["noise"]["aesthetic"] == 6.0
+
+    def test_what_is_no_predictor_is_refused(self, predictor: Path, tmp_path: Path) -> None:
+        from stages.measure.aesthetic import AestheticPredictor
+
+        with pytest.raises(BadInput, match="expected a CLIP model"):
+            AestheticPredictor.load(tmp_path, "cpu")
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((predictor / name).read_bytes())
+        save_file({"layers.0.weight": torch.zeros(1, 5), "layers.0.bias": torch.zeros(1)}, tmp_path / "head.safetensors")
+        with pytest.raises(BadInput, match=r"layers of head.safetensors are \[\(1, 5\)\]; expected a chain from 8 features to 1"):
+            AestheticPredictor.load(tmp_path, "cpu")
