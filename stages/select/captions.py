@@ -106,6 +106,7 @@ class Rule:
     """RE2, without regard to case: found in every caption that `clean` changes."""
 
 
+EXAMPLES: Final = 2
 _S: Final = r"[\t-\r ]"  # RE2's \s has no vertical tab
 _SEPARATOR: Final = r"[,;:|•·–—/\-]"
 CLEANING: Final[Mapping[str, Rule]] = {
@@ -147,8 +148,8 @@ class Cleaned:
     captions: pa.Array
     changed: dict[str, int]
     """By rule, those that changed any only; `max_characters` where captions were cut."""
-    distinct: int
-    """How many captions differ."""
+    examples: dict[str, tuple[tuple[str, str], ...]]
+    """By rule, the first captions that it changed: raw, and cleaned by all rules."""
 
 
 def clean_captions(captions: pa.Array, config: CaptionConfig) -> Cleaned:
@@ -174,7 +175,12 @@ def clean_captions(captions: pa.Array, config: CaptionConfig) -> Cleaned:
         texts = pc.replace_with_mask(texts, mask, after.filter(pa.array(moved)))
         active = active[moved]
     counts = {name: int(shared[changed[name]].sum()) for name in ("max_characters", *CLEANING) if name in changed}
-    return Cleaned(texts.take(pa.array(rows)), counts, len(texts))
+    shown = {name: pa.array(np.flatnonzero(changed[name])[:EXAMPLES]) for name in counts}
+    examples = {
+        name: tuple(zip(encoded.dictionary.take(places).to_pylist(), texts.take(places).to_pylist(), strict=True))
+        for name, places in shown.items()
+    }
+    return Cleaned(texts.take(pa.array(rows)), counts, examples)
 
 
 def _cut(texts: pa.Array, limit: int) -> tuple[NDArray[np.intp], list[str]]:

@@ -17,11 +17,11 @@ _SORTING: Final = 10.0  # what sorting one hash costs, in comparisons of two
 _MIX: Final = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplied by it, the upper bits of a product depend on all bits of the factor (Knuth)
 
 
-def repeated(contents: NDArray[np.void]) -> Mask:
-    """True for every entry (N,) that is equal to one before it."""
-    first = np.unique(contents, return_index=True)[1]
-    mask = np.ones(len(contents), bool)
-    mask[first] = False
+def repeated(contents: NDArray[np.uint64]) -> Mask:
+    """True for every row of (N, 2) that is equal to one before it."""
+    order = np.lexsort((contents[:, 1], contents[:, 0]))  # stable: of equal rows the first comes first
+    mask = np.zeros(len(contents), bool)
+    mask[order[1:]] = (contents[order[1:]] == contents[order[:-1]]).all(axis=1)
     return mask
 
 

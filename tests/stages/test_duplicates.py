@@ -57,8 +57,9 @@ def test_bands_cover_every_way_to_differ(count: int, distance: int) -> None:
 
 
 def test_repeated_contents_keep_their_first() -> None:
-    contents = np.array([b"b" * 16, b"a" * 16, b"b" * 16, b"c\0" * 8, b"a" * 16], "V16")
-    assert repeated(contents).tolist() == [False, False, True, False, True]
+    contents = np.array([(7, 1), (2, 9), (7, 1), (7, 2), (2, 9), (1, 7)], np.uint64)
+    assert repeated(contents[:0]).tolist() == []
+    assert repeated(contents).tolist() == [False, False, True, False, True, False]
 
 
 def test_one_crowded_cluster_is_no_matter_of_pairs() -> None:

@@ -17,7 +17,7 @@ from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
 from stages.evaluate import Inputs, run, samples
-from stages.evaluate.charts import Series, line_chart
+from stages.reports.charts import Series, line_chart
 from stages.evaluate.curves import read_curves
 from stages.evaluate.features import EXTRACTORS, extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
