@@ -59,7 +59,8 @@ class Measurements(Model):
 
 
 class Selection(Model):
-    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict. The pictures stay in the image shards."""
+    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict; `report.html` and `report.json`. The pictures stay in the image
+    shards."""
 
     kind: Literal["selection"] = "selection"
     source: Sha256

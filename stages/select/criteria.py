@@ -69,8 +69,8 @@ def nsfw(rows: pa.Table, config: SelectConfig) -> pa.ChunkedArray:
 
 
 def similarity(rows: pa.Table, config: SelectConfig) -> pa.ChunkedArray:
-    """The table's similarity of picture and caption is not strictly above `min_similarity`; where it has none, the picture passes."""
-    return pc.less_equal(rows["similarity"], -np.inf if config.min_similarity is None else config.min_similarity)
+    """The table's similarity of picture and caption is below `min_similarity`; where it has none, the picture passes."""
+    return pc.less(rows["similarity"], -np.inf if config.min_similarity is None else config.min_similarity)
 
 
 def _not_below(values: pa.ChunkedArray, bound: float | None) -> pa.ChunkedArray:

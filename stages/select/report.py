@@ -12,7 +12,7 @@ import yaml
 from schemas.data import SelectConfig
 from schemas.manifest import Manifest, Measurements
 from stages.reports.charts import histogram
-from stages.reports.page import funnel, page_environment
+from stages.reports.page import funnel, grouped, page_environment
 from stages.select.calibration import calibration
 from stages.select.criteria import SAME_FILE, SAME_PICTURE
 from stages.select.fingerprints import Doubles
@@ -136,11 +136,11 @@ def _is_silent(summary: Mapping[str, Any], reason: str) -> bool:
 
 def _verdict(findings: Findings) -> str:
     share = findings.passed / findings.rows
-    sentence = f"{findings.passed:,} of {findings.rows:,} pictures pass ({share:.1%})."
+    sentence = f"{grouped(findings.passed)} of {grouped(findings.rows)} pictures pass ({share:.1%})."
     most = sorted(findings.dropped.items(), key=lambda entry: -entry[1])[:3]
     if most:
-        sentence += " Most are lost to " + ", ".join(f"{reason} ({count:,})" for reason, count in most) + "."
-    return sentence.replace(",", "\u202f", 0)
+        sentence += " Most are lost to " + ", ".join(f"{reason} ({grouped(count)})" for reason, count in most) + "."
+    return sentence
 
 
 def _tiles(findings: Findings) -> list[dict[str, Any]]:
@@ -198,7 +198,7 @@ def _pair(pair: Sequence[int], findings: Findings, pictures: Mapping[Spot, str])
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 10_000 else grouped(round(value))
 
 
 def _short(text: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +61,7 @@ AXES: Final[Mapping[str, Axis]] = {
     "upscaled": Axis("High frequencies", _of("high_frequency"), "min_high_frequency", "share at least", np.geomspace(1e-8, 1, 65), log=True),
     "watermark": Axis("Watermark", _of("watermark"), "max_watermark", "probability below", np.linspace(0, 1, 51), low_passes=True),
     "unsafe": Axis("Unsafe", _of("unsafe"), "max_unsafe", "probability below", np.linspace(0, 1, 51), low_passes=True, pictures=False),
-    "similarity": Axis("Similarity of caption", _of("similarity"), "min_similarity", "above", np.linspace(-0.2, 0.8, 51)),
+    "similarity": Axis("Similarity of caption", _of("similarity"), "min_similarity", "at least", np.linspace(-0.2, 0.8, 51)),
     "caption too short": Axis(
         "Length of caption", _characters, "captions.min_characters", "at least", np.geomspace(1, 1000, 46), log=True, unit="characters", pictures=False
     ),
@@ -135,9 +135,9 @@ def sampled_shards(shards: int) -> Sequence[int]:
 
 
 def threshold_of(axis: Axis, config: SelectConfig) -> float | None:
-    """The criterion's threshold, or None where it is not looked at."""
-    value: Any = attrgetter(axis.threshold)(config)
-    return None if value is None else float(value)
+    """The criterion's threshold, or None where it is not looked at: null, or a lower bound of 0 for what is never below."""
+    value: float | None = attrgetter(axis.threshold)(config)
+    return None if value is None or (value == 0 and axis.log) else float(value)
 
 
 def wrong_side(axis: Axis, values: Values, threshold: float) -> NDArray[np.bool_]:
