@@ -10,13 +10,13 @@ given away, `threshold_peak_mb` the peak of this process, which made the measure
 import argparse
 import json
 import logging
-import os
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,26 @@ from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 THRESHOLDS = (0.011, 0.013, 0.017)
-WORDS = "sunset over the old bay with a red boat and two children playing near mountains in winter light café Zürich at night".split()
+WORDS = (
+    "sunset",
+    "over",
+    "the",
+    "old",
+    "bay",
+    "with",
+    "a",
+    "red",
+    "boat",
+    "and",
+    "two",
+    "children",
+    "near",
+    "mountains",
+    "in",
+    "café",
+    "Zürich",
+    "at night",
+)
 NOISE = (
     "IMG_1234.JPG", "| Flickr", "stock photo", "&amp; friends", "1920x1080", "- Getty Images", "12 March 2011", "http://www.example.com/a/b",
     "Canon EOS 5D, f/2.8, ISO 100", "(2012)", "...", "|", "№ 5", "&quot;Hello&quot;",
@@ -47,7 +66,8 @@ def measurements(rng: np.random.Generator, words: random.Random, first: int, cou
     """Rows such as the web gives, nine of ten good."""
     sides = rng.integers(700, 3000, (2, count))
     captions = [
-        " ".join([*words.choices(WORDS, k=words.randint(2, 16)), *words.choices(NOISE, k=words.choice((0, 0, 1, 1, 2)))]) for _ in range(count)
+        " ".join([*words.choices(WORDS, k=words.randint(2, 16)), *words.choices(NOISE, k=words.choice((0, 0, 1, 1, 2)))])
+        for _ in range(count)
     ]
     numbers = range(first, first + count)
     return pa.table(
@@ -72,14 +92,14 @@ def measurements(rng: np.random.Generator, words: random.Random, first: int, cou
     )
 
 
-def publish(store: ArtifactStore, identity: str, images: str, rows: int, shards: int, scratch: Path) -> Manifest[Measurements]:
+def publish(store: ArtifactStore, identity: str, images: str, *, rows: int, shards: int, scratch: Path) -> Manifest[Measurements]:
     """Put the artifact on the store."""
     rng, words = np.random.default_rng(0), random.Random(0)
     workspace = Workspace(store, identity, Lineage(stage="measure", node="measure", revision=1, config={}, inputs={}), scratch)
     picture = b"\xff\xd8" + rng.bytes(3500)  # as large as a thumbnail of 96 px
     ends = np.linspace(0, rows, shards + 1).astype(int)
     with workspace.folder("measurements") as place:
-        for shard, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        for shard, (start, end) in enumerate(pairwise(ends)):
             table = measurements(rng, words, int(start), int(end - start))
             pq.write_table(table, place / f"measurements-{shard:05d}.parquet")
             small = pa.table({"key": table["key"], "thumbnail": pa.array([picture + key.encode() for key in table["key"].to_pylist()])})
@@ -92,7 +112,9 @@ def benchmark(rows: int, shards: int, folder: Path) -> dict[str, Any]:
     pq.write_table(pa.table({"url": ["http://images.example.org/0.jpg"], "caption": ["a"]}), folder / "urls.parquet")
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text(
-        yaml.safe_dump({"name": "threshold", "ingest": {"table": str(folder / "urls.parquet")}, "teacher": {"source": "recipes/tiny_teacher"}})
+        yaml.safe_dump(
+            {"name": "threshold", "ingest": {"table": str(folder / "urls.parquet")}, "teacher": {"source": "recipes/tiny_teacher"}}
+        )
     )
     store = ArtifactStore.open(f"file://{folder / 'store'}")
 
@@ -100,7 +122,7 @@ def benchmark(rows: int, shards: int, folder: Path) -> dict[str, Any]:
         return make_plan(load_recipe(recipe_file, [f"select.min_sharpness={threshold}"]), content_digest)
 
     identities = plan(THRESHOLDS[0]).identities
-    measured = publish(store, identities["measure"], identities["ingest"], rows, shards, folder)
+    measured = publish(store, identities["measure"], identities["ingest"], rows=rows, shards=shards, scratch=folder)
     logger.info("measurements of %d rows: %.1f MB", rows, measured.bytes / 1e6)
 
     inside, outside, selected = [], [], []
@@ -112,11 +134,18 @@ def benchmark(rows: int, shards: int, folder: Path) -> dict[str, Any]:
         selected.append(manifest.content.images)
         logger.info("sharpness %g: %.2f s in this process, %s selected", threshold, inside[-1], selected[-1])
     for threshold in THRESHOLDS:
-        command = [sys.executable, "-c", "from flows.cli import main; main()", "stage", "select", str(recipe_file), "--store", store.address]
+        command = [
+            sys.executable,
+            "-c",
+            "from flows.cli import main; main()",
+            "stage",
+            "select",
+            str(recipe_file),
+            "--store",
+            store.address,
+        ]
         started = time.perf_counter()
-        subprocess.run(
-            [*command, "--set", f"select.min_sharpness={threshold + 0.001}"], check=True, stdout=subprocess.DEVNULL, env=os.environ | {"NO_COLOR": "1"}
-        )
+        subprocess.run([*command, "--set", f"select.min_sharpness={threshold + 0.001}"], check=True, stdout=subprocess.DEVNULL)
         outside.append(time.perf_counter() - started)
         logger.info("sharpness %g: %.2f s as a command", threshold + 0.001, outside[-1])
     images = [entry for identity in (identities["ingest"],) if (found := store.find(identity)) for entry in found.files]

@@ -48,8 +48,8 @@ class IngestConfig(Model):
 class MeasureConfig(Model):
     """`measure`: what is told of every picture once, so that `select` can judge without reading one again."""
 
-    analysis_px: Annotated[int, Field(ge=16)] = 512
-    """Short side at which sharpness is measured (pixels), so that it does not depend on the picture's size."""
+    analysis_px: Annotated[int, Field(ge=16)] = 1024
+    """Short side at which sharpness is measured (pixels), that of the training, so that it does not depend on the picture's size."""
     thumbnail_px: Annotated[int, Field(ge=8, le=512)] = 96
     """Short side of the thumbnails that the selection's report shows (pixels)."""
     aesthetic_predictor: Annotated[str | None, NotIdentity] = None
@@ -127,10 +127,10 @@ class SelectConfig(Model):
     """Strict lower bound of the short side of the decoded picture (pixels). SDXL-Lightning 3.6: "larger than 1024"."""
     min_aesthetic: float | None = 5.5
     """Strict lower bound of the LAION aesthetic score; a picture without a score is dropped. null: not looked at."""
-    min_sharpness: Annotated[float, Field(ge=0)] = 0.02
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.05
     """Lower bound of the Laplacian variance over luma variance at `measure.analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
-    min_high_frequency: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Lower bound of the share of energy above half of Nyquist at native size: pictures that were enlarged have next to none."""
+    min_high_frequency: Annotated[float, Field(ge=0, le=1)] = 0.004
+    """Lower bound of the share of spectral energy above half of Nyquist at native size: enlarged pictures have next to none. 0: not looked at."""
     max_watermark: Fraction | None = 0.5
     """Strict upper bound of the watermark probability, as in laion-improved-aesthetics, which Stable Diffusion 1 was trained on; a row that has
     none passes. null: not looked at."""

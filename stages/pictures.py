@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS: Final = 128_000_000
@@ -88,6 +90,20 @@ def decode_rgb(data: bytes) -> tuple[Image.Image, bool]:
         return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), animated
 
 
+def pixels_of(rgb: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of an RGB picture, not to be written to: (H, W, 4), the last channel without meaning, where Pillow can lend them, else (H, W, 3)."""
+    try:
+        lent: NDArray[np.uint8] = pa.array(rgb).flatten().to_numpy()
+    except ValueError:  # the picture lies in several blocks
+        return np.asarray(rgb)
+    return lent.reshape(rgb.height, rgb.width, 4)
+
+
+def use_whole_blocks() -> None:
+    """Let Pillow make every picture from now on in one block, so that `pixels_of` need not copy a large one."""
+    Image.core.set_use_block_allocator(1)  # type: ignore[attr-defined]  # documented, but not declared
+
+
 @contextmanager
 def _decoding() -> Iterator[None]:
     try:
@@ -140,4 +156,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # not copied

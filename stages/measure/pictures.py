@@ -1,16 +1,18 @@
 """What is measured of each picture, once. Thresholds come later, so that changing one reads no picture again."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import cv2
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from stages.measure.looks import perceptual_hash, thumbnail
-from stages.measure.sharpness import high_frequency, luma_of, sharpness
-from stages.pictures import BrokenPictureError, decode_rgb
-from stages.shards import Sample, read_samples
+from stages.measure.looks import clip_pixels, perceptual_hash, thumbnail
+from stages.measure.sharpness import high_frequency, luma_of, sharpness, shrink
+from stages.pictures import BrokenPictureError, decode_rgb, pixels_of, use_whole_blocks
+from stages.shards import Place, Sample
 
 MEASUREMENTS: Final = pa.schema(
     [
@@ -36,24 +38,72 @@ THUMBNAILS: Final = pa.schema([("key", pa.string()), ("thumbnail", pa.binary())]
 _COPIED: Final = ("url", "aesthetic", "similarity", "watermark", "unsafe", "nsfw", "sha256")
 
 
-def measure_shard(shard: Path, analysis_px: int, thumbnail_px: int) -> tuple[pa.Table, pa.Table]:
-    """Measure every picture of a shard, in order: tables of `MEASUREMENTS` and `THUMBNAILS`."""
-    cv2.setNumThreads(1)  # the shards are worked on in parallel
-    rows, small = zip(*(measure(sample, analysis_px, thumbnail_px) for sample in read_samples(shard)), strict=True)
-    return pa.Table.from_pylist(list(rows), MEASUREMENTS), pa.Table.from_pylist(list(small), THUMBNAILS)
+@dataclass(frozen=True)
+class Slice:
+    """Neighbouring pictures of a shard: what one process works on at a time."""
+
+    shard: int
+    places: Sequence[Place]
+    last: bool
+    """Whether the shard ends with it."""
 
 
-def measure(sample: Sample, analysis_px: int, thumbnail_px: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure one picture: a row of `MEASUREMENTS` and one of `THUMBNAILS`. One that cannot be decoded gets rows that say so."""
-    known: Mapping[str, Any] = sample.row
-    row = {"key": sample.key, "caption": sample.caption} | {name: known.get(name) for name in _COPIED}
-    small: dict[str, Any] = {"key": sample.key, "thumbnail": None}
-    try:
-        picture, animated = decode_rgb(sample.image)
-    except BrokenPictureError as error:
-        nothing = dict.fromkeys(("sharpness", "high_frequency", "phash"))
-        return row | nothing | {"width": 0, "height": 0, "animated": False, "unreadable": error.reason}, small
-    luma = luma_of(picture)
-    row |= {"width": picture.width, "height": picture.height, "animated": animated, "unreadable": None}
-    row |= {"sharpness": sharpness(luma, analysis_px), "high_frequency": high_frequency(luma), "phash": perceptual_hash(picture)}
-    return row, small | {"thumbnail": thumbnail(picture, thumbnail_px)}
+@dataclass(frozen=True)
+class Measured:
+    """What a slice came to, in the order of its pictures."""
+
+    rows: pa.Table
+    """`MEASUREMENTS`."""
+    thumbnails: pa.Table
+    """`THUMBNAILS`."""
+    to_score: Mapping[int, NDArray[np.uint8]]
+    """By row: pictures without an aesthetic score as (S, S, 3) pixels for the predictor; empty where there is none."""
+
+
+def measure_slice(part: Slice, analysis_px: int, thumbnail_px: int, predictor_px: int | None) -> Measured:
+    """Measure every picture of a slice. `predictor_px` is the side of the pictures an aesthetic predictor sees, None where there is none."""
+    cv2.setNumThreads(1)  # slices are worked on in parallel
+    use_whole_blocks()
+    measure = Measure(analysis_px, thumbnail_px, predictor_px)
+    found = [measure(place.read()) for place in part.places]
+    return Measured(
+        pa.Table.from_pylist([one.row for one in found], MEASUREMENTS),
+        pa.Table.from_pylist([{"key": one.row["key"], "thumbnail": one.thumbnail} for one in found], THUMBNAILS),
+        {number: one.to_score for number, one in enumerate(found) if one.to_score is not None},
+    )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one picture came to."""
+
+    row: Mapping[str, Any]
+    """Of `MEASUREMENTS`."""
+    thumbnail: bytes | None = None
+    to_score: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures pictures one by one, each decoded once."""
+
+    analysis_px: int
+    thumbnail_px: int
+    predictor_px: int | None = None
+
+    def __call__(self, sample: Sample) -> Picture:
+        """Measure a picture. One that cannot be decoded gets a row that says why."""
+        known: Mapping[str, Any] = sample.row
+        row = {"key": sample.key, "caption": sample.caption} | {name: known.get(name) for name in _COPIED}
+        try:
+            picture, animated = decode_rgb(sample.image)
+        except BrokenPictureError as error:
+            nothing = dict.fromkeys(("sharpness", "high_frequency", "phash"))
+            return Picture(row | nothing | {"width": 0, "height": 0, "animated": False, "unreadable": error.reason})
+        pixels = pixels_of(picture)
+        luma = luma_of(pixels)
+        small = shrink(luma, self.analysis_px)
+        row |= {"width": picture.width, "height": picture.height, "animated": animated, "unreadable": None}
+        row |= {"sharpness": sharpness(small), "high_frequency": high_frequency(luma), "phash": perceptual_hash(small)}
+        wanted = self.predictor_px is not None and row["aesthetic"] is None
+        return Picture(row, thumbnail(pixels, self.thumbnail_px), clip_pixels(picture, self.predictor_px or 0) if wanted else None)

@@ -112,8 +112,10 @@ def histogram(
                 f'<rect class="column{" fails" if fails else ""}" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.8):.1f}" '
                 f'height="{y_axis(0) - top:.1f}"><title>{low:.4g} to {high:.4g}: {count}</title></rect>'
             )
-    for tick in _apart(_ticks(edges[first], edges[last], log=log_x), x_axis):
-        parts.append(f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>')
+    parts.extend(
+        f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>'
+        for tick in _apart(_ticks(edges[first], edges[last], log=log_x), x_axis)
+    )
     parts.append(f'<text class="axis" x="{width - _RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text>')
     if threshold is not None:
         x = x_axis(min(max(threshold, edges[first]), edges[last]))

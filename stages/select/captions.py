@@ -10,7 +10,6 @@ that Python sees only the few captions that a rule may change, and a caption tha
 """
 
 import html
-import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +105,7 @@ class Rule:
     """RE2, without regard to case: found in every caption that `clean` changes."""
 
 
+Mask = NDArray[np.bool_]
 EXAMPLES: Final = 2
 _S: Final = r"[\t-\r ]"  # RE2's \s has no vertical tab
 _SEPARATOR: Final = r"[,;:|•·–—/\-]"
@@ -157,16 +157,16 @@ def clean_captions(captions: pa.Array, config: CaptionConfig) -> Cleaned:
     encoded = pc.fill_null(captions, "").dictionary_encode()
     texts, rows = encoded.dictionary, encoded.indices.to_numpy()
     shared = np.bincount(rows, minlength=len(texts))
-    changed: dict[str, NDArray[np.bool_]] = {}
     rules = {name: rule for name, rule in CLEANING.items() if getattr(config.rules, name)}
+    changed: dict[str, Mask] = {name: np.zeros(len(texts), bool) for name in ("max_characters", *rules)}
     active = np.arange(len(texts))
     while len(active):
         before = after = texts.take(active)
-        after = _apply("max_characters", after, _cut(after, config.max_characters), active, changed, len(texts))
+        after = _apply(after, _cut(after, config.max_characters), active, changed["max_characters"])
         for name, rule in rules.items():
             hit = np.flatnonzero(pc.match_substring_regex(after, rule.trigger, ignore_case=True).to_numpy(zero_copy_only=False))
             cleaned = [rule.clean(text) for text in after.take(hit).to_pylist()]
-            after = _apply(name, after, (hit, cleaned), active, changed, len(texts))
+            after = _apply(after, (hit, cleaned), active, changed[name])
         moved = pc.not_equal(before, after).to_numpy(zero_copy_only=False)
         if not moved.any():
             break
@@ -174,7 +174,7 @@ def clean_captions(captions: pa.Array, config: CaptionConfig) -> Cleaned:
         mask[active[moved]] = True
         texts = pc.replace_with_mask(texts, mask, after.filter(pa.array(moved)))
         active = active[moved]
-    counts = {name: int(shared[changed[name]].sum()) for name in ("max_characters", *CLEANING) if name in changed}
+    counts = {name: int(shared[mask].sum()) for name, mask in changed.items() if mask.any()}
     shown = {name: pa.array(np.flatnonzero(changed[name])[:EXAMPLES]) for name in counts}
     examples = {
         name: tuple(zip(encoded.dictionary.take(places).to_pylist(), texts.take(places).to_pylist(), strict=True))
@@ -189,14 +189,7 @@ def _cut(texts: pa.Array, limit: int) -> tuple[NDArray[np.intp], list[str]]:
     return long, [text[:limit] for text in texts.take(long).to_pylist()]
 
 
-def _apply(
-    name: str,
-    texts: pa.Array,
-    found: tuple[NDArray[np.intp], Sequence[str]],
-    active: NDArray[np.intp],
-    changed: dict[str, NDArray[np.bool_]],
-    total: int,
-) -> pa.Array:
+def _apply(texts: pa.Array, found: tuple[NDArray[np.intp], Sequence[str]], active: NDArray[np.intp], changed: Mask) -> pa.Array:
     """Put cleaned texts at their positions, and mark those that differ as changed by the rule."""
     positions, cleaned = found
     if not len(positions):
@@ -207,7 +200,7 @@ def _apply(
         return texts
     mask = np.zeros(len(texts), bool)
     mask[positions[differs]] = True
-    changed.setdefault(name, np.zeros(total, bool))[active[mask]] = True
+    changed[active[mask]] = True
     return pc.replace_with_mask(texts, mask, new.filter(pa.array(differs)))
 
 

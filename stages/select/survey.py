@@ -63,7 +63,8 @@ AXES: Final[Mapping[str, Axis]] = {
     "unsafe": Axis("Unsafe", _of("unsafe"), "max_unsafe", "probability below", np.linspace(0, 1, 51), low_passes=True, pictures=False),
     "similarity": Axis("Similarity of caption", _of("similarity"), "min_similarity", "at least", np.linspace(-0.2, 0.8, 51)),
     "caption too short": Axis(
-        "Length of caption", _characters, "captions.min_characters", "at least", np.geomspace(1, 1000, 46), log=True, unit="characters", pictures=False
+        "Length of caption", _characters, "captions.min_characters", "at least", np.geomspace(1, 1000, 46), log=True, unit="characters",
+        pictures=False,
     ),
 }  # fmt: skip
 """By the reason for which pictures are dropped."""
@@ -111,22 +112,18 @@ class Survey:
         """Add a batch with its verdicts."""
         sampled = np.isin(batch.shard, self.sampled)
         for reason, tally in self.tallies.items():
-            self._add(AXES[reason], tally, self.thresholds[reason], batch, codes, REASONS.index(reason) + 1, sampled)
-
-    @staticmethod
-    def _add(axis: Axis, tally: Tally, threshold: float | None, batch: Batch, codes: Codes, code: int, sampled: NDArray[np.bool_]) -> None:
-        values = axis.values(batch.rows)
-        known = np.isfinite(values)
-        tally.measured += int(known.sum())
-        tally.counts += np.histogram(np.clip(values[known], axis.edges[0], axis.edges[-1]), axis.edges)[0]
-        if threshold is None:
-            return
-        tally.fails += int(wrong_side(axis, values[known], threshold).sum())
-        if not axis.pictures:
-            return
-        distance = np.abs(values - threshold)
-        tally.failing = _nearest(tally.failing, batch, values, distance, known & sampled & (codes == code))
-        tally.passing = _nearest(tally.passing, batch, values, distance, known & sampled & ((codes == 0) | (codes > code)))
+            axis, threshold, code = AXES[reason], self.thresholds[reason], REASONS.index(reason) + 1
+            values = axis.values(batch.rows)
+            known = np.isfinite(values)
+            tally.measured += int(known.sum())
+            tally.counts += np.histogram(np.clip(values[known], axis.edges[0], axis.edges[-1]), axis.edges)[0]
+            if threshold is not None:
+                tally.fails += int(wrong_side(axis, values[known], threshold).sum())
+            if threshold is not None and axis.pictures:
+                came = known & sampled & ((codes == 0) | (codes >= code))
+                distance = np.abs(values - threshold)
+                tally.failing = _nearest(tally.failing, batch, values, distance, came & (codes == code))
+                tally.passing = _nearest(tally.passing, batch, values, distance, came & (codes != code))
 
 
 def sampled_shards(shards: int) -> Sequence[int]:

@@ -16,14 +16,14 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from infra.store import ArtifactStore
-from schemas.data import MeasureConfig
+from schemas.data import MeasureConfig, SelectConfig
 from schemas.errors import BadInput, CorruptArtifact
 from schemas.manifest import ImageShards, Manifest, Measurements
-from stages.measure import Inputs, run
-from stages.measure.pictures import MEASUREMENTS, THUMBNAILS, measure
-from stages.measure.sharpness import luma_of, sharpness
-from stages.pictures import BrokenPictureError, decode_rgb, inspect_picture
-from stages.shards import index_shard, read_samples, shard_paths
+from stages.measure import Inputs, pictures, run
+from stages.measure.pictures import MEASUREMENTS, THUMBNAILS, Measure, Slice
+from stages.measure.sharpness import high_frequency, luma_of, sharpness, shrink
+from stages.pictures import BrokenPictureError, decode_rgb, inspect_picture, pixels_of
+from stages.shards import index_shard, shard_paths
 from tests.stages.killed import Job, parts_of, run_until_it_dies
 from tests.stages.killed import run as run_job
 from tests.stages.pictures import encoded, hashes, noise, publish_images, sample
@@ -151,16 +151,44 @@ def test_thumbnails_show_the_upright_picture(store: ArtifactStore, measured: Man
         if data is not None:
             shown = Image.open(io.BytesIO(data))
             scale = min(1, CONFIG.thumbnail_px / min(row["width"], row["height"]))
-            assert shown.size == (max(1, round(row["width"] * scale)), max(1, round(row["height"] * scale)))
+            longest = 8 * CONFIG.thumbnail_px
+            assert shown.size == tuple(max(1, min(round(row[side] * scale), longest)) for side in ("width", "height"))
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_makes_the_same_bytes(
-    folder: Path, store: ArtifactStore, images: Manifest[ImageShards], measured: Manifest[Measurements]
+def test_any_number_of_processes_and_of_slices_makes_the_same_bytes(
+    folder: Path, store: ArtifactStore, images: Manifest[ImageShards], measured: Manifest[Measurements], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CONFIG.model_copy(update={"processes": 2})
-    again = run(config, Inputs(images=images), make_workspace(folder, store, identity="two processes"))
-    assert hashes(again) == hashes(measured)
+    monkeypatch.setattr("stages.measure.stage.SLICE_IMAGES", 2)
+    for processes in (1, 2):
+        config = CONFIG.model_copy(update={"processes": processes})
+        again = run(config, Inputs(images=images), make_workspace(folder, store, identity=f"{processes} processes"))
+        assert hashes(again) == hashes(measured)
+
+
+def test_one_shard_after_the_other_is_fetched_and_let_go(
+    folder: Path, store: ArtifactStore, images: Manifest[ImageShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[str] = []
+    most = 0
+    fetch, release = ArtifactStore.fetch, ArtifactStore.release
+
+    def noted_fetch(self: ArtifactStore, manifest: Manifest[Any], paths: list[str] | None = None) -> Path:
+        nonlocal most
+        assert paths is not None and len(paths) == 1
+        held.extend(paths)
+        most = max(most, len(held))
+        return fetch(self, manifest, paths)
+
+    def noted_release(self: ArtifactStore, manifest: Manifest[Any] | None = None, paths: list[str] | None = None) -> None:
+        assert paths is not None
+        held.remove(*paths)
+        release(self, manifest, paths)
+
+    monkeypatch.setattr(ArtifactStore, "fetch", noted_fetch)
+    monkeypatch.setattr(ArtifactStore, "release", noted_release)
+    run(CONFIG, Inputs(images=images), make_workspace(folder, store, identity="one by one"))
+    assert (held, most) == ([], 2)  # the one in hand and the one ahead
 
 
 def test_killed_it_measures_only_what_was_left_and_makes_the_same_bytes(
@@ -176,10 +204,16 @@ def test_killed_it_measures_only_what_was_left_and_makes_the_same_bytes(
     )
     run_until_it_dies(job)
     assert parts_of(job) == ["measurements-00000", "measurements-00001"]
-    worked: list[str] = []
-    monkeypatch.setattr("stages.measure.pictures.read_samples", lambda shard: worked.append(shard.stem) or read_samples(shard))
+    worked: list[int] = []
+    measure_slice = pictures.measure_slice
+
+    def noted(part: Slice, **options: Any) -> pictures.Measured:
+        worked.append(part.shard)
+        return measure_slice(part, **options)
+
+    monkeypatch.setattr("stages.measure.stage.measure_slice", noted)
     assert hashes(run_job(job.model_copy(update={"die_after_parts": None}))) == hashes(measured)
-    assert worked == ["shard-00002", "shard-00003"]
+    assert worked == [2, 3]
 
 
 def test_a_shard_cut_short_is_a_corrupt_artifact(tmp_path: Path, store: ArtifactStore, images: Manifest[ImageShards]) -> None:
@@ -190,29 +224,84 @@ def test_a_shard_cut_short_is_a_corrupt_artifact(tmp_path: Path, store: Artifact
             [place.read() for place in index_shard(tmp_path / "shard-00000.tar")]
 
 
+def luma(picture: Image.Image) -> np.ndarray:
+    return luma_of(pixels_of(picture.convert("RGB")))
+
+
 def sharp(picture: Image.Image, analysis_px: int) -> float:
-    return sharpness(luma_of(picture), analysis_px)
+    return sharpness(shrink(luma(picture), analysis_px))
+
+
+def natural(seed: int, width: int, height: int) -> Image.Image:
+    """Noise with the spectrum of photographs: amplitude 1/f (Field 1987), a standard deviation of 50 levels."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(np.random.default_rng(seed).normal(size=(height, width))) / frequency
+    values = np.fft.irfft2(spectrum, (height, width))
+    return Image.fromarray((127 + 50 * values / values.std()).clip(0, 255).round().astype(np.uint8))
+
+
+def blurred(picture: Image.Image, radius: float) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(radius))
+
+
+def noisy(picture: Image.Image, levels: float) -> Image.Image:
+    values = np.asarray(picture) + np.random.default_rng(1).normal(0, levels, (picture.height, picture.width))
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 
 class TestSharpness:
     def test_closed_forms(self) -> None:
-        board = np.indices((64, 64)).sum(axis=0) % 2 * 255
-        assert sharp(Image.fromarray(board.astype(np.uint8)), 64) == pytest.approx(64, rel=0.01)
+        board = np.indices((512, 512)).sum(axis=0) % 2 * 255
+        most_noise = 20 * 25 / 127.5**2  # what is taken off for noise at most, over the board's variance
+        assert sharp(Image.fromarray(board.astype(np.uint8)), 512) == pytest.approx(64 - most_noise, rel=1e-3)
         grey = np.random.default_rng(0).normal(128, 30, (512, 512)).clip(0, 255).astype(np.uint8)
-        assert sharp(Image.fromarray(grey), 512) == pytest.approx(20, rel=0.02)
-        wave = (127 + 100 * np.sin(2 * np.pi * np.arange(512) / 16))[None].repeat(512, 0)  # one frequency: gain (2 - 2 cos w)^2
-        assert sharp(Image.fromarray(wave.astype(np.uint8)), 512) == pytest.approx((2 - 2 * np.cos(2 * np.pi / 16)) ** 2, rel=0.05)
+        assert sharp(Image.fromarray(grey), 512) == pytest.approx(20 - 20 * 25 / 30**2, rel=0.1)
+        wave = (127 + 100 * np.sin(2 * np.pi * np.arange(512) / 4))[None].repeat(512, 0)  # one frequency: gain (2 - 2 cos w)^2
+        wave[:, :128] = 127  # and no noise
+        assert sharp(Image.fromarray(wave.round().astype(np.uint8)), 512) == pytest.approx((2 - 2 * np.cos(np.pi / 2)) ** 2, rel=0.02)
 
-    @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (64, 64)])
+    @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (3, 3), (64, 64), (300, 100)])
     def test_flat_and_thin_pictures_have_none(self, size: tuple[int, int]) -> None:
         assert sharp(Image.new("RGB", size, "red"), 32) == 0.0
+        assert high_frequency(luma(Image.new("RGB", size, "red"))) == 0.0
 
     def test_neither_contrast_nor_size_moves_it_and_blur_does(self) -> None:
-        picture = smooth(128, 1024)
+        picture = Image.new("L", (1024, 1024), 90)
+        picture.paste(smooth(128, 1024).convert("L").crop((0, 0, 400, 1024)), (0, 0))
         here = sharp(picture, 256)
         assert sharp(Image.eval(picture, lambda value: 64 + value // 2), 256) == pytest.approx(here, rel=0.05)
         assert sharp(picture.resize((2048, 2048), Image.Resampling.BICUBIC), 256) == pytest.approx(here, rel=0.05)
-        assert sharp(picture.filter(ImageFilter.GaussianBlur(12)), 256) < here / 4
+        assert sharp(blurred(picture, 12), 256) < here / 4
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_sharp_subject_before_a_blurred_sky_is_sharp_and_a_blurred_picture_is_not(self, seed: int) -> None:
+        picture = natural(seed, 800, 600)
+        sky = blurred(picture, 8)
+        bird = sky.copy()
+        bird.paste(picture.crop((256, 192, 512, 448)), (256, 192))  # a seventh of the picture
+        flat = Image.new("L", (2400, 600), 140)
+        flat.paste(picture.crop((0, 0, 600, 600)), (0, 0))
+        bound = SelectConfig().min_sharpness
+        assert sharp(picture, 600) > bound and sharp(bird, 600) > bound and sharp(flat, 600) > bound
+        assert sharp(sky, 600) < bound and sharp(blurred(picture, 3), 600) < bound
+
+    def test_noise_is_not_sharpness(self) -> None:
+        picture = blurred(natural(0, 800, 600), 3)
+        flat = noisy(Image.new("L", (800, 600), 128), 5)
+        assert sharp(noisy(picture, 3), 600) < 2 * SelectConfig().min_sharpness
+        assert sharp(flat, 600) == 0.0
+
+    @pytest.mark.parametrize("filter_", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+    def test_an_enlarged_picture_has_no_high_frequencies(self, filter_: Image.Resampling) -> None:
+        picture = natural(0, 640, 480)
+        large = picture.resize((1280, 960), filter_)
+        assert high_frequency(luma(picture)) > 5 * high_frequency(luma(large))
+        assert high_frequency(luma(picture.resize((2560, 1920), filter_))) < SelectConfig().min_high_frequency
+        assert high_frequency(luma(picture)) > 2 * SelectConfig().min_high_frequency
+
+    def test_white_noise_fills_three_quarters_of_the_spectrum_above_half_of_nyquist(self) -> None:
+        assert high_frequency(luma(noisy(Image.new("L", (600, 600), 128), 25))) == pytest.approx(0.75, abs=0.03)
 
 
 class TestHostileBytes:
@@ -262,9 +351,10 @@ class TestHostileBytes:
         assert (facts.width, facts.height) == (row["width"], row["height"])
 
     def judge(self, data: bytes) -> dict[str, Any]:
-        row, small = measure(sample(0, data), 32, 8)
+        measured = Measure(analysis_px=32, thumbnail_px=8)(sample(0, data))
+        row = dict(measured.row)
         assert row["unreadable"] in (None, "not an image", "broken image", "unsupported format", "too many pixels")
-        assert (row["unreadable"] is None) == (row["sharpness"] is not None) == (small["thumbnail"] is not None)
+        assert (row["unreadable"] is None) == (row["sharpness"] is not None) == (measured.thumbnail is not None)
         return row
 
     def test_transparency_lies_over_white_and_16_bits_keep_their_range(self) -> None:
@@ -306,15 +396,16 @@ class TestAesthetic:
         from stages.measure.aesthetic import AestheticPredictor
 
         scorer = AestheticPredictor.load(predictor, "cpu")
-        pixels = torch.rand(3, 3, 32, 32)
+        pictures = list(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
         head = load_file(predictor / "head.safetensors")
         mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
         with torch.no_grad():
             features = scorer.clip((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)).image_embeds
         weight = head["layers.7.weight"] @ head["layers.0.weight"]
         bias = head["layers.7.weight"] @ head["layers.0.bias"] + head["layers.7.bias"]
         expected = torch.nn.functional.normalize(features) @ weight.T + bias
-        torch.testing.assert_close(scorer.score(pixels), expected[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(scorer.score(pictures)), expected[:, 0], rtol=1e-4, atol=1e-5)
 
     def test_only_rows_without_a_score_are_scored(
         self, predictor: Path, folder: Path, store: ArtifactStore, images: Manifest[ImageShards]

@@ -17,7 +17,8 @@ from schemas.manifest import Manifest, Measurements, Selection
 from stages.reports.charts import histogram
 from stages.select import Inputs, calibration, run
 from stages.select.survey import AXES, NEAREST, SAMPLED_SHARDS, sampled_shards
-from tests.stages.measured import publish_measurements, row
+from tests.stages.measured import publish_measurements
+from tests.stages.measured import row as made_row
 from tests.workspaces import make_workspace, open_store
 
 CONFIG = SelectConfig(min_side_px=64, min_sharpness=0.02, max_hash_distance=0)
@@ -59,10 +60,14 @@ def rows_of(count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):
-        fields: dict[str, Any] = {"aesthetic": float(rng.normal(6, 0.5)), "sharpness": float(rng.lognormal(-3, 1)), "width": int(rng.integers(40, 200))}
+        fields: dict[str, Any] = {
+            "aesthetic": float(rng.normal(6, 0.5)),
+            "sharpness": float(rng.lognormal(-3, 1)),
+            "width": int(rng.integers(40, 200)),
+        }
         fields |= {"unsafe": float(rng.beta(1, 5)), "watermark": None, "similarity": None}
         fields["caption"] = f"<script>alert({number})</script> a &amp;lt;b&gt; cat number {number}"
-        rows.append(row(number, **fields))
+        rows.append(made_row(number, **fields))
     rows[0] |= {"aesthetic": 7.0, "sharpness": 0.2, "width": 150, "unsafe": 0.01}
     rows[7] |= {"sha256": rows[0]["sha256"], **{name: rows[0][name] for name in ("phash", "width", "aesthetic", "sharpness", "unsafe")}}
     return rows
@@ -93,9 +98,7 @@ def page(store: ArtifactStore, selected: Manifest[Selection]) -> Page:
     return Page((store.fetch(selected) / "report.html").read_text())
 
 
-def test_the_figures_are_those_of_the_verdicts(
-    store: ArtifactStore, selected: Manifest[Selection], report: dict[str, Any]
-) -> None:
+def test_the_figures_are_those_of_the_verdicts(store: ArtifactStore, selected: Manifest[Selection], report: dict[str, Any]) -> None:
     rows = pq.read_table(store.fetch(selected) / "verdicts.parquet").to_pylist()
     assert (report["rows"], report["passed"], report["dropped"]) == (300, selected.content.images, selected.content.dropped)
     sharpness = report["criteria"]["sharpness"]
@@ -120,7 +123,8 @@ def test_the_nearest_on_either_side(reason: str, store: ArtifactStore, selected:
     if criterion["threshold"] is None:
         assert criterion["passing"] == criterion["failing"] == []
         return
-    for side, wanted in (("failing", [row for row in came if row["reason"] == reason]), ("passing", [row for row in came if row["reason"] != reason])):
+    for side in ("failing", "passing"):
+        wanted = [row for row in came if (row["reason"] == reason) == (side == "failing")]
         nearest = sorted(wanted, key=lambda row: (abs(value(row) - criterion["threshold"]), row["key"]))[:NEAREST]
         assert criterion[side] == [{"key": row["key"], "value": value(row)} for row in nearest]
 
@@ -148,8 +152,14 @@ def test_of_many_shards_only_some_are_fetched(tmp_path: Path, monkeypatch: pytes
     made = publish_measurements(tmp_path, store, rows_of(300), shard_rows=3, thumbnails=True)
     fetched: list[str] = []
     fetch = ArtifactStore.fetch
-    monkeypatch.setattr(ArtifactStore, "fetch", lambda self, manifest, paths=None: fetched.extend(paths or ()) or fetch(self, manifest, paths))
-    run(CONFIG.model_copy(update={"max_hash_distance": None}), Inputs(measurements=made), make_workspace(tmp_path, store, identity="of many"))
+    monkeypatch.setattr(
+        ArtifactStore, "fetch", lambda self, manifest, paths=None: fetched.extend(paths or ()) or fetch(self, manifest, paths)
+    )
+    run(
+        CONFIG.model_copy(update={"max_hash_distance": None}),
+        Inputs(measurements=made),
+        make_workspace(tmp_path, store, identity="of many"),
+    )
     thumbnails = [path for path in fetched if path.startswith("thumbnails-")]
     assert 0 < len(thumbnails) <= SAMPLED_SHARDS + 2, "two of the one pair of equal files"
     assert len(sampled_shards(100)) == SAMPLED_SHARDS
@@ -166,7 +176,11 @@ def test_without_thumbnails_there_is_a_page_all_the_same(tmp_path: Path) -> None
 def test_the_calibration_is_shown_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "files", lambda _package: tmp_path)
     assert calibration.calibration(0.02) is None
-    curve = {"x_label": "strength", "note": "of 12 photographs", "series": [{"name": "Gaussian", "points": [[0, 0.1], [1, 0.05], [2, 0.01]]}]}
+    curve = {
+        "x_label": "strength",
+        "note": "of 12 photographs",
+        "series": [{"name": "Gaussian", "points": [[0, 0.1], [1, 0.05], [2, 0.01]]}],
+    }
     (tmp_path / "sharpness_curve.json").write_text(json.dumps(curve))
     shown = calibration.calibration(0.02)
     assert shown is not None
