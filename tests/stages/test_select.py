@@ -4,19 +4,26 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from infra.demo.table import make_collection
 from infra.store import ArtifactStore
 from schemas.base import digest
-from schemas.data import CaptionConfig, CaptionRules, SelectConfig
+from schemas.data import CaptionConfig, CaptionRules, MeasureConfig, SelectConfig
 from schemas.errors import BadInput, RunFailed
-from schemas.loading import read_recipe
+from schemas.loading import load_recipe, read_recipe
 from schemas.manifest import Manifest, Measurements, Selection
+from stages import measure
+from stages.measure.pictures import MEASUREMENTS
 from stages.select import Inputs, run
-from stages.select.criteria import REASONS
+from stages.select.criteria import REASONS, judge
 from tests.stages.measured import publish_measurements, row
-from tests.stages.pictures import hashes
+from tests.stages.pictures import hashes, publish_images, sample
 from tests.workspaces import make_workspace, open_store
 
 CONFIG = SelectConfig(
@@ -123,6 +130,63 @@ def test_no_image_is_needed(store: ArtifactStore, measurements: Manifest[Measure
     assert selected.content.source == measurements.content.source
 
 
+def first_failed(one: dict[str, Any], config: SelectConfig) -> str | None:
+    """The criteria again, one row at a time."""
+
+    def known(name: str) -> bool:
+        return one[name] is not None and one[name] == one[name]
+
+    tests = {
+        "unreadable": one["unreadable"] is not None,
+        "animated": one["animated"],
+        "resolution": min(one["width"], one["height"]) <= config.min_side_px,
+        "no aesthetic score": not known("aesthetic"),
+        "aesthetic": known("aesthetic") and one["aesthetic"] <= (config.min_aesthetic or 0),
+        "sharpness": known("sharpness") and one["sharpness"] < config.min_sharpness,
+        "upscaled": known("high_frequency") and one["high_frequency"] < config.min_high_frequency,
+        "watermark": known("watermark") and one["watermark"] >= (config.max_watermark or 0),
+        "unsafe": known("unsafe") and one["unsafe"] >= (config.max_unsafe or 0),
+        "nsfw": one["nsfw"] in config.drop_nsfw,
+        "similarity": known("similarity") and one["similarity"] < (config.min_similarity or 0),
+        "caption empty": one["caption"] == "",
+        "caption too short": len(one["caption"]) < config.captions.min_characters,
+    }
+    return next((name for name, failed in tests.items() if failed), None)
+
+
+def near(bound: float) -> st.SearchStrategy[float | None]:
+    """Nothing, NaN, on the bound, and a little to either side."""
+    return st.sampled_from([None, float("nan"), bound, np.nextafter(bound, -1), np.nextafter(bound, 2 * bound), 0.0, bound * 2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "width": st.sampled_from([0, 63, 64, 65, 66]),
+                "height": st.sampled_from([0, 64, 65, 900]),
+                "aesthetic": near(5.5),
+                "sharpness": near(0.02),
+                "high_frequency": near(0.001),
+                "watermark": near(0.5),
+                "unsafe": near(0.5),
+                "similarity": near(0.2),
+                "nsfw": st.sampled_from([None, "UNLIKELY", "UNSURE", "NSFW"]),
+                "animated": st.booleans(),
+                "unreadable": st.sampled_from([None, None, "broken image"]),
+                "caption": st.sampled_from(["", "cats", "a cat"]),
+            }
+        ),
+        max_size=20,
+    )
+)
+def test_verdicts_are_those_of_a_plain_loop(drawn: list[dict[str, Any]]) -> None:
+    rows = [row(number, **fields) for number, fields in enumerate(drawn)]
+    codes = judge(pa.Table.from_pylist(rows, MEASUREMENTS), CONFIG)
+    assert [REASONS[code - 1] if code else None for code in codes] == [first_failed(one, CONFIG) for one in rows]
+
+
 @pytest.mark.parametrize("batch_rows", [1, 7, 1000])
 def test_batches_change_no_verdict(
     batch_rows: int, folder: Path, store: ArtifactStore, measurements: Manifest[Measurements], selected: Manifest[Selection]
@@ -186,6 +250,35 @@ def test_nothing_measured_is_a_failed_run_too(tmp_path: Path) -> None:
     made = publish_measurements(tmp_path, store, [])
     with pytest.raises(RunFailed, match="none of 0 images passes"):
         run(CONFIG, Inputs(measurements=made), make_workspace(tmp_path, store, identity="none"))
+
+
+@pytest.mark.slow
+def test_of_the_demos_pictures_the_planted_ones_are_dropped_and_no_other(tmp_path: Path) -> None:
+    """Drawings of above 1024 px, some of one concept in two poses, through `measure` and the tiny recipe's `select`."""
+    collection = make_collection(tmp_path / "demo", large=12, small=4)
+    known = {row["url"]: row for row in pq.read_table(collection.table).to_pylist()}
+    files = {url: collection.pictures / url.rpartition("/")[2].partition("?")[0] for url in known}
+    there = [(known[url], path.read_bytes()) for url, path in files.items() if path.is_file()]
+    store = open_store(tmp_path)
+    images = publish_images(tmp_path, store, [sample(number, data, **row) for number, (row, data) in enumerate(there)], shard_images=20)
+    measured = measure.run(MeasureConfig(processes=1), measure.Inputs(images=images), make_workspace(tmp_path, store, identity="measured"))
+    config = load_recipe(Path("recipes/tiny.yaml")).select
+    chosen = run(config, Inputs(measurements=measured), make_workspace(tmp_path, store, identity="selection"))
+
+    def expected(url: str) -> str | None:
+        name, _, query = url.rpartition("/")[2].partition("?")
+        if name.startswith(("truncated", "page")):
+            return "unreadable"
+        if name.startswith("claims") or (name[0].isdigit() and int(name[:5]) >= 12):
+            return "resolution"
+        if query == "low":
+            return "aesthetic"
+        if name.startswith("blurred"):
+            return "sharpness"
+        return "caption empty" if query == "silent" else None
+
+    assert {row["url"]: row["reason"] for row in verdicts(store, chosen)} == {url: expected(url) for url in known if files[url].is_file()}
+    assert chosen.content.images == 12
 
 
 @pytest.mark.parametrize(
