@@ -29,11 +29,13 @@ from stages.select.patterns import (
     EMPTY_BRACKETS,
     ENDS,
     FILE_NAME,
+    INVISIBLE_RE2,
     REPEATED,
     SIZE,
     STRAY_SPACE,
     TAG,
     URL,
+    WIDE_RE2,
 )
 
 
@@ -111,12 +113,13 @@ _S: Final = r"[\t-\r ]"  # RE2's \s has no vertical tab
 _SEPARATOR: Final = r"[,;:|•·–—/\-]"
 CLEANING: Final[Mapping[str, Rule]] = {
     "unescape_html": Rule(unescape_html, r"&|<"),
-    "normalise_unicode": Rule(normalise_unicode, r"[^\x00-\x7f]"),
-    "strip_control": Rule(strip_control, r"[^\t-\r\x20-\x7e]"),
+    "normalise_unicode": Rule(normalise_unicode, r"[^\x00-\x{2ff}]"),  # all before U+0300 is normal in any order
+    "strip_control": Rule(strip_control, INVISIBLE_RE2),
     "strip_urls": Rule(strip_urls, r"://|www\.|@|\.(com|net|org|info|biz|edu|gov|co\.)"),
     "strip_file_names": Rule(
         strip_file_names,
-        r"\.(jpe?g|jpe|png|gif|webp|tif|bmp|svg|hei[cf]|raw|cr[23w]|nef|arw|dng|orf|rw2|psd)|[a-z][\-_ ]?\d{3}|\d{6}[\-_]",
+        r"\.(jpe?g|jpe|png|gif|webp|tif|bmp|svg|hei[cf]|raw|cr[23w]|nef|arw|dng|orf|rw2|psd)|\d{6}[\-_]|p\d{7}|gx\d{6}"
+        r"|(img|dsc[nf]?|pict|cimg|imgp|hpim|kif|sany|mvi|gopr|_mg_|sam|wp|pxl|scan|screenshot)[\-_ ]?\d{3}",
     ),
     "strip_camera": Rule(
         strip_camera,
@@ -136,7 +139,7 @@ CLEANING: Final[Mapping[str, Rule]] = {
         rf"^[\t-\r _|,;:/\\•·*~#+=>.!?–—\-]|[\t-\r _|,;:/\\•·*~#+=<–—\-]$|{_SEPARATOR}{_S}+{_SEPARATOR}|[,;:|•·][,;:|•·]|{_S}[,.;:!?]({_S}|$)"
         rf"|[(\[{{]{_S}*[)\]}}]",
     ),
-    "collapse_spaces": Rule(collapse_spaces, rf"{_S}{_S}|^{_S}|{_S}$|[^\x20-\x7e]"),
+    "collapse_spaces": Rule(collapse_spaces, rf"{_S}{_S}|^{_S}|{_S}$|[\t-\r{WIDE_RE2}]"),
 }
 """In the order in which they run. `CaptionRules` has a switch for each."""
 

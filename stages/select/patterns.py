@@ -10,10 +10,22 @@ _FLAGS: Final = re.ASCII | re.IGNORECASE
 
 TAG: Final = re.compile(r"<(?:/?[a-z][a-z0-9]*(?:\s[^<>]*)?/?|!--[^<>]*)>", _FLAGS)
 
-CONTROL: Final = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\uf8ff\ufeff\ufff0-\uffff"
-    "\U000e0000-\U000e00ff\U000f0000-\U0010ffff]"
+_INVISIBLE: Final = (
+    r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ue000-\uf8ff\ufeff\ufff0-\uffff"
+    r"\U000e0000-\U000e00ff\U000f0000-\U0010ffff"
 )
+CONTROL: Final = re.compile(rf"[{_INVISIBLE}\ud800-\udfff]")
+_WIDE: Final = r"\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""White space to `str.split`, but for that of ASCII proper."""
+
+
+def as_re2(ranges: str) -> str:
+    """The same ranges of characters as RE2 writes them, which has no `\\u`."""
+    return re.sub(r"\\(?:u|U000|U00)([0-9a-f]+)", r"\\x{\1}", ranges)
+
+
+INVISIBLE_RE2: Final = f"[{as_re2(_INVISIBLE)}]"
+WIDE_RE2: Final = as_re2(_WIDE)
 
 _END: Final = r"[^\s<>\"'.,;:!?)\]}|]"  # an address does not end with the sentence's punctuation
 URL: Final = re.compile(
