@@ -50,8 +50,8 @@ class MeasureConfig(Model):
 
     analysis_px: Annotated[int, Field(ge=16)] = 1024
     """Short side at which sharpness is measured (pixels), that of the training, so that it does not depend on the picture's size."""
-    thumbnail_px: Annotated[int, Field(ge=8, le=512)] = 96
-    """Short side of the thumbnails that the selection's report shows (pixels)."""
+    thumbnail_px: Annotated[int, Field(ge=8, le=256)] = 96
+    """Short side of the thumbnails, in luma, that the selection's report shows (pixels)."""
     aesthetic_predictor: Annotated[str | None, NotIdentity] = None
     """Folder of a LAION aesthetic predictor (CLIP and MLP head) for rows without a score. null: such rows have none."""
     processes: Annotated[int, Field(ge=1), NotIdentity] = 2

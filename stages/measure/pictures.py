@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from PIL import Image
 
-from stages.measure.looks import clip_pixels, perceptual_hash, thumbnail
-from stages.measure.sharpness import high_frequency, luma_of, sharpness, shrink
-from stages.pictures import BrokenPictureError, decode_rgb, pixels_of, use_whole_blocks
+from stages.measure.looks import SMALL_PX, clip_pixels, perceptual_hash, thumbnail
+from stages.measure.sharpness import Tiles, high_frequency, sharpness, shrink
+from stages.pictures import BrokenPictureError, decode_luma, decode_rgb, upright, upright_size, use_whole_blocks
 from stages.shards import Place, Sample
 
 MEASUREMENTS: Final = pa.schema(
@@ -34,7 +35,7 @@ MEASUREMENTS: Final = pa.schema(
         ("unreadable", pa.string()),  # why it cannot be decoded; null where it can
     ]
 )
-THUMBNAILS: Final = pa.schema([("key", pa.string()), ("thumbnail", pa.binary())])  # JPEG; null where it cannot be decoded
+THUMBNAILS: Final = pa.schema([("key", pa.string()), ("thumbnail", pa.binary())])  # JPEG, in luma; null where it cannot be decoded
 _COPIED: Final = ("url", "aesthetic", "similarity", "watermark", "unsafe", "nsfw", "sha256")
 
 
@@ -85,7 +86,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures pictures one by one, each decoded once."""
+    """Measures pictures one by one, each decoded once; those that a predictor must see in colour, twice."""
 
     analysis_px: int
     thumbnail_px: int
@@ -96,14 +97,16 @@ class Measure:
         known: Mapping[str, Any] = sample.row
         row = {"key": sample.key, "caption": sample.caption} | {name: known.get(name) for name in _COPIED}
         try:
-            picture, animated = decode_rgb(sample.image)
+            luma, orientation, animated = decode_luma(sample.image)
+            wanted = self.predictor_px is not None and row["aesthetic"] is None
+            to_score = clip_pixels(decode_rgb(sample.image)[0], self.predictor_px or 0) if wanted else None
         except BrokenPictureError as error:
             nothing = dict.fromkeys(("sharpness", "high_frequency", "phash"))
             return Picture(row | nothing | {"width": 0, "height": 0, "animated": False, "unreadable": error.reason})
-        pixels = pixels_of(picture)
-        luma = luma_of(pixels)
-        small = shrink(luma, self.analysis_px)
-        row |= {"width": picture.width, "height": picture.height, "animated": animated, "unreadable": None}
-        row |= {"sharpness": sharpness(small), "high_frequency": high_frequency(luma), "phash": perceptual_hash(small)}
-        wanted = self.predictor_px is not None and row["aesthetic"] is None
-        return Picture(row, thumbnail(pixels, self.thumbnail_px), clip_pixels(picture, self.predictor_px or 0) if wanted else None)
+        width, height = upright_size((luma.shape[1], luma.shape[0]), orientation)
+        shrunk = shrink(luma, self.analysis_px)
+        tiles = Tiles.of(shrunk)
+        small = upright(Image.fromarray(shrink(shrunk if self.analysis_px >= SMALL_PX else luma, SMALL_PX)), orientation)
+        row |= {"width": width, "height": height, "animated": animated, "unreadable": None}
+        row |= {"sharpness": sharpness(tiles), "high_frequency": high_frequency(luma, tiles), "phash": perceptual_hash(small)}
+        return Picture(row, thumbnail(small, self.thumbnail_px), to_score)

@@ -21,8 +21,8 @@ from schemas.errors import BadInput, CorruptArtifact
 from schemas.manifest import ImageShards, Manifest, Measurements
 from stages.measure import Inputs, pictures, run
 from stages.measure.pictures import MEASUREMENTS, THUMBNAILS, Measure, Slice
-from stages.measure.sharpness import high_frequency, luma_of, sharpness, shrink
-from stages.pictures import BrokenPictureError, decode_rgb, inspect_picture, pixels_of
+from stages.measure.sharpness import Tiles, high_frequency, sharpness, shrink
+from stages.pictures import BrokenPictureError, decode_luma, decode_rgb, inspect_picture, upright
 from stages.shards import index_shard, shard_paths
 from tests.stages.killed import Job, parts_of, run_until_it_dies
 from tests.stages.killed import run as run_job
@@ -225,11 +225,15 @@ def test_a_shard_cut_short_is_a_corrupt_artifact(tmp_path: Path, store: Artifact
 
 
 def luma(picture: Image.Image) -> np.ndarray:
-    return luma_of(pixels_of(picture.convert("RGB")))
+    return np.asarray(picture.convert("L"))
 
 
 def sharp(picture: Image.Image, analysis_px: int) -> float:
-    return sharpness(shrink(luma(picture), analysis_px))
+    return sharpness(Tiles.of(shrink(luma(picture), analysis_px)))
+
+
+def fine(picture: Image.Image, analysis_px: int = 1024) -> float:
+    return high_frequency(luma(picture), Tiles.of(shrink(luma(picture), analysis_px)))
 
 
 def natural(seed: int, width: int, height: int) -> Image.Image:
@@ -264,7 +268,7 @@ class TestSharpness:
     @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (3, 3), (64, 64), (300, 100)])
     def test_flat_and_thin_pictures_have_none(self, size: tuple[int, int]) -> None:
         assert sharp(Image.new("RGB", size, "red"), 32) == 0.0
-        assert high_frequency(luma(Image.new("RGB", size, "red"))) == 0.0
+        assert fine(Image.new("RGB", size, "red")) == 0.0
 
     def test_neither_contrast_nor_size_moves_it_and_blur_does(self) -> None:
         picture = Image.new("L", (1024, 1024), 90)
@@ -296,12 +300,12 @@ class TestSharpness:
     def test_an_enlarged_picture_has_no_high_frequencies(self, filter_: Image.Resampling) -> None:
         picture = natural(0, 640, 480)
         large = picture.resize((1280, 960), filter_)
-        assert high_frequency(luma(picture)) > 5 * high_frequency(luma(large))
-        assert high_frequency(luma(picture.resize((2560, 1920), filter_))) < SelectConfig().min_high_frequency
-        assert high_frequency(luma(picture)) > 2 * SelectConfig().min_high_frequency
+        assert fine(picture) > 5 * fine(large)
+        assert fine(picture.resize((2560, 1920), filter_)) < SelectConfig().min_high_frequency
+        assert fine(picture) > 2 * SelectConfig().min_high_frequency
 
     def test_white_noise_fills_three_quarters_of_the_spectrum_above_half_of_nyquist(self) -> None:
-        assert high_frequency(luma(noisy(Image.new("L", (600, 600), 128), 25))) == pytest.approx(0.75, abs=0.03)
+        assert fine(noisy(Image.new("L", (600, 600), 128), 25)) == pytest.approx(0.75, abs=0.03)
 
 
 class TestHostileBytes:
@@ -356,6 +360,24 @@ class TestHostileBytes:
         assert row["unreadable"] in (None, "not an image", "broken image", "unsupported format", "too many pixels")
         assert (row["unreadable"] is None) == (row["sharpness"] is not None) == (measured.thumbnail is not None)
         return row
+
+    @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 3), (20_000, 1100)])
+    def test_very_long_pictures(self, size: tuple[int, int]) -> None:
+        row = self.judge(encoded(Image.new("L", size, 128), "PNG"))
+        assert (row["unreadable"], row["width"], row["height"]) == (None, *size)
+
+    @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK", "YCbCr"])
+    @pytest.mark.parametrize("orientation", [1, 3, 6])
+    def test_luma_alone_is_that_of_the_whole_picture(self, mode: str, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        picture = natural(0, 90, 70).convert("RGB").convert(mode)
+        data = encoded(picture, "JPEG", exif=exif, quality=95)
+        pixels, found, animated = decode_luma(data)
+        whole, _ = decode_rgb(data)
+        shown = np.asarray(upright(Image.fromarray(pixels), found), dtype=int)
+        assert shown.shape == (whole.height, whole.width) and not animated
+        assert np.abs(shown - np.asarray(whole.convert("L"), dtype=int)).max() <= 2
 
     def test_transparency_lies_over_white_and_16_bits_keep_their_range(self) -> None:
         clear, _ = decode_rgb(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
