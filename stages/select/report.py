@@ -120,7 +120,7 @@ def render(summary: Mapping[str, Any], findings: Findings, pictures: Mapping[Spo
         same_file=dropped.get(SAME_FILE, 0),
         same_picture=dropped.get(SAME_PICTURE, 0),
         sampled_shards=SAMPLED_SHARDS,
-        calibration=calibration(summary["config"]["min_sharpness"]),
+        calibration=calibration(summary["config"]["min_sharpness"], summary["config"]["min_high_frequency"]),
         config=yaml.safe_dump({"select": summary["config"]}, sort_keys=False, allow_unicode=True),
     )
 

@@ -175,17 +175,16 @@ def test_without_thumbnails_there_is_a_page_all_the_same(tmp_path: Path) -> None
 
 def test_the_calibration_is_shown_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "files", lambda _package: tmp_path)
-    assert calibration.calibration(0.02) is None
-    curve = {
-        "x_label": "strength",
-        "note": "of 12 photographs",
-        "series": [{"name": "Gaussian", "points": [[0, 0.1], [1, 0.05], [2, 0.01]]}],
-    }
-    (tmp_path / "sharpness_curve.json").write_text(json.dumps(curve))
-    shown = calibration.calibration(0.02)
+    assert calibration.calibration(0.02, 0.004) is None
+    curve: dict[str, Any] = {"x_label": "strength", "series": [{"name": "Gaussian", "points": [[0, 0.1], [1, 0.05], [2, 0.0]]}]}
+    at_default = {"recall": 0.99, "precision": 0.98, "caught": 0.97}
+    whole = curve | {"note": "of 12 photographs", "high_frequency": curve, "at_default": at_default}
+    (tmp_path / "sharpness_curve.json").write_text(json.dumps(whole))
+    shown = calibration.calibration(0.02, 0.0)
     assert shown is not None
-    assert [name for name, _ in shown["legend"]] == ["Gaussian", "threshold"]
-    assert shown["svg"].count("<polyline") == 2
+    assert (shown["note"], shown["at_default"]) == ("of 12 photographs", at_default)
+    assert [[name for name, _ in chart["legend"]] for chart in shown["charts"]] == [["Gaussian", "threshold"], ["Gaussian"]]
+    assert [chart["svg"].count("<polyline") for chart in shown["charts"]] == [2, 1]
 
 
 class TestHistogram:
