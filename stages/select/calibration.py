@@ -34,5 +34,5 @@ def _chart(title: str, y_label: str, curve: Mapping[str, Any], threshold: float)
     ends = [x for line in series for x, _ in line.points]
     if threshold > 0 and ends:
         series = [*series, Series("threshold", ((min(ends), threshold), (max(ends), threshold)), 0, markers=False)]
-    svg: Markup = line_chart(series, title=title, x_label=curve["x_label"], y_label=y_label, log_y=True, size=(480, 300))
-    return {"title": title, "svg": svg, "legend": [(line.label, swatch(line.slot)) for line in series]}
+    svg: Markup = line_chart(series, title=title, x_label="strength", y_label=y_label, log_y=True, size=(480, 300))
+    return {"title": title, "svg": svg, "strength": curve["x_label"], "legend": [(line.label, swatch(line.slot)) for line in series]}
