@@ -1,10 +1,11 @@
 """Recipe sections of the data stages: `ingest`, `measure`, `select`, `encode`."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from schemas.base import Field, Model, NotIdentity
+from schemas.base import Field, Mistake, Model, NotIdentity
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -84,22 +85,103 @@ class IngestConfig(Model):
 class MeasureConfig(Model):
     """`measure`: what is told of every picture once, so that `select` can judge without reading one again."""
 
-    analysis_px: Annotated[int, Field(ge=16)] = 512
-    """Short side at which sharpness is measured (pixels), so that it does not depend on the picture's size."""
+    analysis_px: Annotated[int, Field(ge=16)] = 1024
+    """Short side at which sharpness is measured (pixels), that of the training, so that it does not depend on the picture's size."""
+    thumbnail_px: Annotated[int, Field(ge=8, le=256)] = 96
+    """Short side of the thumbnails, in luma, that the selection's report shows (pixels)."""
     aesthetic_predictor: Annotated[str | None, NotIdentity] = None
     """Folder of a LAION aesthetic predictor (CLIP and MLP head) for rows without a score. null: such rows have none."""
     processes: Annotated[int, Field(ge=1), NotIdentity] = 2
 
 
+Script = Literal[
+    "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil", "Thai", "Han", "Hiragana", "Katakana",
+    "Hangul",
+]  # fmt: skip
+"""Unicode's name of a script."""
+
+
+class CaptionRules(Model):
+    """Which rules captions go through, cleaning first: a caption that a rule changes is counted under the rule's name."""
+
+    unescape_html: bool = True
+    """Entities back to characters, as often as they were escaped; tags away."""
+    normalise_unicode: bool = True
+    """NFC, which CLIP's own tokenizer applies. NFKC would rewrite what a caption says: x² to x2, ½ to 1⁄2, ™ to TM."""
+    strip_control: bool = True
+    """Control and invisible characters, text-direction marks, private use, and what could not be decoded."""
+    strip_urls: bool = True
+    """Web and mail addresses."""
+    strip_file_names: bool = True
+    """IMG_1234.JPG, DSC00012, holiday.png."""
+    strip_camera: bool = True
+    """Cameras and exposures as written by a camera, such as: Canon EOS 5D, f/2.8, 1/200s, ISO 100. A camera within a sentence stays."""
+    strip_boilerplate: bool = True
+    """Stock photo, royalty free, Getty Images, | Flickr and their like."""
+    strip_sizes: bool = True
+    """1920x1080, 300 dpi, 2.4 MB."""
+    strip_dates: bool = True
+    """Dates and times."""
+    tidy_punctuation: bool = True
+    """What stripping leaves: empty brackets, separators with nothing between them or at an end."""
+    collapse_spaces: bool = True
+    """Any run of white space to one space."""
+    empty: bool = True
+    """Drop: nothing is left."""
+    too_short: bool = True
+    """Drop: fewer than `min_characters`."""
+    all_numbers: bool = True
+    """Drop: not one letter (numbers, signs, emoji)."""
+    wrong_script: bool = True
+    """Drop: fewer than half of the letters are of `scripts`."""
+
+
+class CaptionConfig(Model):
+    """How captions are cleaned, and which are dropped."""
+
+    rules: CaptionRules = CaptionRules()
+    min_characters: Annotated[int, Field(ge=1)] = 5
+    """Of the cleaned caption. LAION-400M dropped texts of fewer than 5."""
+    max_characters: Annotated[int, Field(ge=16, le=10_000)] = 1000
+    """A longer caption is cut here: CLIP's text encoders read 77 tokens, some 300 characters."""
+    scripts: Annotated[tuple[Script, ...], Field(min_length=1)] = ("Latin",)
+    """What the teacher's text encoders know. SDXL's learned from English captions: other scripts fall apart into bytes that mean nothing to them."""
+
+
+def _lengths_leave_room(captions: CaptionConfig) -> Iterator[Mistake]:
+    if captions.min_characters > captions.max_characters:
+        expected = f"every caption would be too short: expected at most max_characters = {captions.max_characters}"
+        yield ("min_characters",), captions.min_characters, expected
+
+
+CaptionConfig.cross_checks = (_lengths_leave_room,)
+
+
 class SelectConfig(Model):
-    """`select`: images that pass resolution, aesthetics and sharpness."""
+    """`select`: images that pass resolution, aesthetics, sharpness and what the table says of them; captions cleaned, doubles dropped."""
 
     min_side_px: Annotated[int, Field(ge=0)] = 1024
     """Strict lower bound of the short side of the decoded picture (pixels). SDXL-Lightning 3.6: "larger than 1024"."""
     min_aesthetic: float | None = 5.5
     """Strict lower bound of the LAION aesthetic score; a picture without a score is dropped. null: not looked at."""
-    min_sharpness: Annotated[float, Field(ge=0)] = 0.02
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.05
     """Lower bound of the Laplacian variance over luma variance at `measure.analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
+    min_high_frequency: Annotated[float, Field(ge=0, le=1)] = 0.004
+    """Lower bound of the share of spectral energy above half of Nyquist at native size: enlarged pictures have next to none. 0: not looked at."""
+    max_watermark: Fraction | None = 0.5
+    """Strict upper bound of the watermark probability, as in laion-improved-aesthetics, which Stable Diffusion 1 was trained on; a row that has
+    none passes. null: not looked at."""
+    max_unsafe: Fraction | None = 0.5
+    """Strict upper bound of LAION's unsafe probability; a row that has none passes. null: not looked at."""
+    drop_nsfw: tuple[Literal["UNLIKELY", "UNSURE", "NSFW"], ...] = ("NSFW",)
+    """Labels of LAION's NSFW column whose rows are dropped; a row without a label passes."""
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Lower bound of the CLIP similarity of picture and caption (LAION-5B keeps .28 and above itself); a row that has none passes. null: not looked
+    at."""
+    max_hash_distance: Annotated[int, Field(ge=0, le=8)] | None = 4
+    """Pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture, of which the largest stays. JPEG at quality 20 and
+    shrinking to a quarter move a photograph's by 2 bits at most, 15 % more light by 4; the distances are even. null: only equal files are one."""
+    captions: CaptionConfig = CaptionConfig()
 
 
 class EncodeConfig(Model):

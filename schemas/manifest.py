@@ -49,7 +49,7 @@ class ImageShards(Model):
 
 
 class Measurements(Model):
-    """`measurements-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
+    """`measurements-NNNNN.parquet` and `thumbnails-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
 
     kind: Literal["measurements"] = "measurements"
     source: Sha256
@@ -59,7 +59,8 @@ class Measurements(Model):
 
 
 class Selection(Model):
-    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict. The pictures stay in the image shards."""
+    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict; `report.html` and `report.json`. The pictures stay in the image
+    shards."""
 
     kind: Literal["selection"] = "selection"
     source: Sha256

@@ -10,6 +10,7 @@ from typing import Any
 
 from schemas.base import canonical_json
 from schemas.errors import CorruptArtifact
+from schemas.manifest import ImageShards, Manifest
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Place:
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of an `image_shards` folder, in order."""
     return sorted(folder.glob("shard-*.tar"), key=lambda path: (len(path.name), path.name))
+
+
+def shard_names(images: Manifest[ImageShards]) -> list[str]:
+    """Names of the shards of an artifact, in order, without fetching one."""
+    names = [entry.path for entry in images.files if entry.path.startswith("shard-") and entry.path.endswith(".tar")]
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def index_shard(path: Path) -> list[Place]:

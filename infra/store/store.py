@@ -208,7 +208,7 @@ class ArtifactStore:
         logger.warning("%s in the read cache is damaged: fetching it again", target)
         return False
 
-    def release(self, manifest: Manifest | None = None, paths: Sequence[str] | None = None) -> None:
+    def release(self, manifest: Manifest[Any] | None = None, paths: Sequence[str] | None = None) -> None:
         """Say that this process is done with what it fetched (everything when None), so that the cache may evict it."""
         self._cache.release(None if manifest is None else _cache_name(manifest), paths)
 
@@ -309,7 +309,7 @@ def _prefix(identity: Sha256) -> str:
     return f"{ARTIFACTS}/{identity}"
 
 
-def _cache_name(manifest: Manifest) -> str:
+def _cache_name(manifest: Manifest[Any]) -> str:
     # By bytes as well: an identity that was removed and made again elsewhere may hold others.
     return f"{manifest.identity[:16]}-{manifest.files_digest[:16]}"
 

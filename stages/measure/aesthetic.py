@@ -5,19 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from infra.torchvision_ops import define_missing_ops
 from schemas.errors import BadInput
-from stages.pictures import decode_rgb
-from stages.shards import Sample
 
 define_missing_ops()
 
-from PIL.Image import Resampling  # noqa: E402
 from transformers import CLIPVisionModelWithProjection  # noqa: E402
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own, for pixels in 0..1
@@ -57,30 +56,15 @@ class AestheticPredictor:
         return cls(clip, head, device)
 
     @torch.inference_mode()
-    def score(self, pixels: Tensor) -> Tensor:
-        """Scores (B,) of (B, 3, S, S) pixels in 0..1, with S the CLIP model's image size."""
+    def score(self, pictures: Sequence[NDArray[np.uint8]]) -> list[float]:
+        """Scores of (S, S, 3) RGB pixels, with S the CLIP model's image size (`stages.measure.looks.clip_pixels`), rounded to six digits."""
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.device) / 255
         mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (_MEAN, _STD))
-        features: Tensor = self.clip((pixels.to(self.device) - mean) / std).image_embeds
+        features: Tensor = self.clip((pixels - mean) / std).image_embeds
         hidden: Tensor = features / features.norm(dim=-1, keepdim=True)
         for weight, bias in self.head:
             hidden = torch.nn.functional.linear(hidden, weight, bias)
-        return hidden.float().cpu()[:, 0]
-
-    def score_samples(self, samples: Sequence[Sample]) -> list[float]:
-        """Scores of pictures that decode, rounded to six digits. Raises `BrokenPictureError` for one that does not."""
-        pixels = torch.stack([self._pixels(sample.image) for sample in samples])
-        return [float(f"{score:.6g}") for score in self.score(pixels).tolist()]
-
-    def _pixels(self, data: bytes) -> Tensor:
-        picture, _ = decode_rgb(data)
-        scale = self.image_size / min(picture.size)
-        size = (max(self.image_size, round(picture.width * scale)), max(self.image_size, round(picture.height * scale)))
-        left, top = (size[0] - self.image_size) // 2, (size[1] - self.image_size) // 2
-        cropped = picture.resize(size, Resampling.BICUBIC).crop((left, top, left + self.image_size, top + self.image_size))
-        return (
-            torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8).view(self.image_size, self.image_size, 3).permute(2, 0, 1)
-            / 255
-        )
+        return [float(f"{score:.6g}") for score in hidden.float().cpu()[:, 0].tolist()]
 
 
 def linear_layers(state: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
