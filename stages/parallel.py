@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.sharedctypes import Synchronized
 from typing import TypeVar
 
 from schemas.errors import RunFailed
@@ -26,13 +27,30 @@ def map_processes(function: Callable[[Item], Result], items: Sequence[Item], pro
     if workers <= 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(context.Value("i", 0),))
     try:
         yield from pool.map(function, items)
     except BrokenProcessPool as error:
         raise RunFailed(f"a worker process died while running {function}: was it killed for want of memory? Try fewer processes") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_rank() -> int:
+    """Which of a map's processes this is, from 0 on; 0 in a process that is none. Tells each its own device."""
+    return _rank
+
+
+_rank = 0
+
+
+def _begin(started: "Synchronized[int]") -> None:
+    global _rank  # noqa: PLW0603 - a process has one
+    with started.get_lock():
+        _rank = started.value
+        started.value += 1
+    _belong_to_parent()
 
 
 def _belong_to_parent() -> None:
