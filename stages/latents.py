@@ -20,7 +20,7 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.workspace import Workspace
 
 _TEXT: Final = ("prompt_embeds", "pooled")
-_COLUMNS: Final = ("shard", "row", "caption", "text_shard", "text_row")
+_COLUMNS: Final = ("shard", "row", "text_shard", "text_row")
 
 EncodeText = Callable[[Sequence[str]], Conditioning]
 """From captions to their conditioning, without time ids."""
@@ -41,8 +41,6 @@ class LatentSet:
         self._row = index["row"].to_numpy()
         self._text_names, self._text_shard = _codes(index["text_shard"])
         self._text_row = index["text_row"].to_numpy()
-        self.captions: pa.ChunkedArray = index["caption"]
-        """By sample."""
         self._shards: dict[str, dict[str, Tensor]] = {}
         if len(self) != self.content.samples:
             raise CorruptArtifact(
@@ -67,6 +65,11 @@ class LatentSet:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""
         return self.content.latent_shape
+
+    @cached_property
+    def captions(self) -> pa.ChunkedArray:
+        """By sample. Read when they are first asked for: a gigabyte, where there are ten million."""
+        return pq.read_table(self._folder / "index.parquet", columns=["caption"])["caption"].cast(pa.large_string())
 
     def samples(self, indices: Sequence[int]) -> tuple[Tensor, Conditioning]:
         """Return latents (B, C, h, w) and their conditioning, float32, in the order of `indices`, repeats allowed.
