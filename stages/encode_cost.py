@@ -58,8 +58,12 @@ class EncodeCost:
         precomputed, on_the_fly = self.total(True), self.total(False)
         if precomputed is None or on_the_fly is None or self.samples is None:
             return line
-        many = f"{self.samples:,} samples" if self.source in ("encode", "select") else f"at most {self.samples:,} samples (by {self.source})"
-        return f"{line}: {many} {human(precomputed)} precomputed, {human(on_the_fly)} on the fly; this recipe: {self.text.replace('_', ' ')}"
+        many = (
+            f"{self.samples:,} samples" if self.source in ("encode", "select") else f"at most {self.samples:,} samples (by {self.source})"
+        )
+        return (
+            f"{line}: {many} {human(precomputed)} precomputed, {human(on_the_fly)} on the fly; this recipe: {self.text.replace('_', ' ')}"
+        )
 
 
 def encode_cost(plan: Plan, find: Find, store: ArtifactStore) -> EncodeCost:

@@ -1,6 +1,7 @@
 """What an encoded sample takes on disk, from a teacher's configuration files alone: no weights, no torch."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -47,7 +48,7 @@ def encoded_size(folder: Path, config: EncodeConfig) -> EncodedSize:
         pooled = None if second is None else int(second["projection_dim"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: its configuration files do not tell the size of an encoded sample ({error!r})") from error
-    return _size(int(vae.get("latent_channels", 4)), side, tokens, features, pooled, config)
+    return _size((int(vae.get("latent_channels", 4)), side, side), (tokens, features), pooled, config)
 
 
 def size_of_trained(teacher: TrainTeacherConfig, config: EncodeConfig) -> EncodedSize:
@@ -55,12 +56,13 @@ def size_of_trained(teacher: TrainTeacherConfig, config: EncodeConfig) -> Encode
     downscale = 2 ** (len(teacher.autoencoder.block_out_channels) - 1)
     side = (config.resolution_px or teacher.resolution_px) // downscale
     features = sum(encoder.hidden_size for encoder in teacher.text_encoders)
-    return _size(teacher.autoencoder.latent_channels, side, teacher.max_tokens, features, teacher.text_encoders[1].projection_dim, config)
+    pooled = teacher.text_encoders[1].projection_dim
+    return _size((teacher.autoencoder.latent_channels, side, side), (teacher.max_tokens, features), pooled, config)
 
 
-def _size(channels: int, side: int, tokens: int, features: int, pooled: int | None, config: EncodeConfig) -> EncodedSize:
-    latents = channels * side * side * 4 + (0 if pooled is None else _TIME_IDS * 4)
-    return EncodedSize(latents, (tokens * features + (pooled or 0)) * _BYTES[config.text_dtype])
+def _size(latent: tuple[int, int, int], text: tuple[int, int], pooled: int | None, config: EncodeConfig) -> EncodedSize:
+    latents = math.prod(latent) * 4 + (0 if pooled is None else _TIME_IDS * 4)
+    return EncodedSize(latents, (math.prod(text) + (pooled or 0)) * _BYTES[config.text_dtype])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class LatentSet:
         self._folder = folder
         self._encode_text = encode_text
         if self.content.text == "on_the_fly" and encode_text is None:
-            raise BadInput(f"latents {manifest.identity[:12]}: hold no text embeddings (encode.text: on_the_fly); expected a teacher to make them")
+            raise BadInput(
+                f"latents {manifest.identity[:12]}: hold no text embeddings (encode.text: on_the_fly); expected a teacher to make them"
+            )
         index = pq.read_table(folder / "index.parquet", columns=list(_COLUMNS), read_dictionary=["shard", "text_shard"])
         self._names, self._shard = _codes(index["shard"])
         self._row = index["row"].to_numpy()

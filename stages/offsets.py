@@ -64,18 +64,18 @@ def read_offsets(images: Manifest[ImageShards], workspace: Workspace) -> list[pa
     def offsets(name: str) -> pa.Table:
         if folder is not None and offsets_name(name) in files:
             return pq.read_table(folder / offsets_name(name), schema=OFFSETS)
-        stream = RangeStream(lambda start, stop: workspace.store.read_range(images, name, start, stop), files[name])
-        return scan_offsets(stream, name)
+        stream = RangeStream(lambda start, stop: workspace.read_range(images, name, start, stop), files[name])
+        return scan_offsets(io.BufferedReader(stream, _BLOCK), name)
 
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(offsets, names))
 
 
-def scan_offsets(stream: "IO[bytes] | RangeStream", name: str) -> pa.Table:
+def scan_offsets(stream: IO[bytes], name: str) -> pa.Table:
     """Read the headers of a shard and return its `OFFSETS`, in order. Raises `CorruptArtifact` when it is no whole webdataset shard."""
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:  # type: ignore[arg-type]  # any file that can be sought in
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 found.setdefault(key, {})[extension] = (member.offset_data, member.size)
@@ -93,12 +93,11 @@ def scan_offsets(stream: "IO[bytes] | RangeStream", name: str) -> pa.Table:
 
 
 class RangeStream(io.RawIOBase):
-    """A file on the store, read by ranges of one block, of which it keeps the last."""
+    """A file on the store: each read is one range request, so it is read through a buffer."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         """`read(start, stop)` returns those bytes of the file, whose `size` is in bytes."""
-        self._read, self._size = read, size
-        self._position, self._start, self._block = 0, 0, b""
+        self._read, self._size, self._position = read, size, 0
 
     def readable(self) -> bool:
         """True."""
@@ -118,11 +117,9 @@ class RangeStream(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read at most to the end of the block."""
-        if not self._start <= self._position < self._start + len(self._block):
-            self._start = self._position
-            self._block = self._read(self._start, min(self._start + _BLOCK, self._size)) if self._start < self._size else b""
-        part = self._block[self._position - self._start :][: len(buffer)]
-        buffer[: len(part)] = part
-        self._position += len(part)
-        return len(part)
+        """Read into the buffer, less at the file's end."""
+        stop = min(self._position + len(buffer), self._size)
+        data = self._read(self._position, stop) if self._position < stop else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

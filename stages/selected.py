@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.store import ArtifactStore
 from schemas.errors import BadInput, CorruptArtifact
 from schemas.manifest import ImageShards, Manifest, Selection
 from stages.offsets import read_offsets, shard_names
@@ -68,7 +67,6 @@ class SelectedPictures:
     def __iter__(self) -> Iterator[Sample]:
         """Yield every picture in order. One shard at a time is fetched, verified, and released when it is done with."""
         names = shard_names(self.images)
-        store = self.workspace.store
         for batch in self.table.to_batches(max_chunksize=_BATCH_ROWS):
             for number in batch["shard"].unique().to_pylist():
                 path = self.workspace.fetch(self.images, [names[number]]) / names[number]
@@ -81,15 +79,15 @@ class SelectedPictures:
 
                     for place in batch.filter(pc.equal(batch["shard"], number)).to_pylist():
                         yield _sample(place, read, f"{self.images.identity[:12]}/{names[number]}")
-                store.release(self.images, [names[number]])
+                self.workspace.release(self.images, [names[number]])
 
 
-def read_picture(store: ArtifactStore, images: Manifest[ImageShards], shard: str, place: Mapping[str, Any]) -> Sample:
+def read_picture(workspace: Workspace, images: Manifest[ImageShards], shard: str, place: Mapping[str, Any]) -> Sample:
     """Read one selected picture by one range of its shard; `place` is a row of `SelectedPictures.table`.
 
     Raises `CorruptArtifact` when its bytes are not those that were ingested (their SHA-256 is in the picture's row).
     """
-    return _sample(place, lambda start, stop: store.read_range(images, shard, start, stop), f"{images.identity[:12]}/{shard}")
+    return _sample(place, lambda start, stop: workspace.read_range(images, shard, start, stop), f"{images.identity[:12]}/{shard}")
 
 
 def _sample(place: Mapping[str, Any], read: Callable[[int, int], bytes], where: str) -> Sample:

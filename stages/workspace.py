@@ -43,6 +43,14 @@ class Workspace:
         """Return a local folder with the artifact's files (all, or those named), verified. Read only."""
         return self.store.fetch(manifest, paths)
 
+    def release(self, manifest: Manifest[Any], paths: Sequence[str] | None = None) -> None:
+        """Say that fetched files (all of the artifact, or those named) are done with, so that they may leave this machine's disk."""
+        self.store.release(manifest, paths)
+
+    def read_range(self, manifest: Manifest[Any], path: str, start: int, stop: int) -> bytes:
+        """Read bytes `start..stop-1` of a file where it lies, unverified."""
+        return self.store.read_range(manifest, path, start, stop)
+
     def publish(self, folder: Path, content: C, kept: Mapping[str, tuple[Part, str]] | None = None) -> Manifest[C]:
         """Make the artifact exist: upload every file of `folder`, manifest last. Another writer's finished artifact is adopted.
 
@@ -71,7 +79,10 @@ class Workspace:
         return self.store.parts(self.identity)
 
     def load_part(self, part: Part, destination: Path, paths: Sequence[str] | None = None) -> Path:
-        """Copy a piece (all its files, or those named) into `destination`, verified. A damaged one is removed, so that the next run makes it again; raises `CorruptArtifact`."""
+        """Copy a piece (all its files, or those named) into `destination`, verified.
+
+        A damaged one is removed, so that the next run makes it again; raises `CorruptArtifact`.
+        """
         try:
             return self.store.load_part(self.identity, part, destination, paths)
         except CorruptArtifact as error:

@@ -102,7 +102,9 @@ def without_elongated(pictures: pa.Table, aspect: AspectConfig) -> tuple[pa.Tabl
     fits = pc.less_equal(pc.cast(long_side, pa.float64()), pc.multiply(pc.cast(short, pa.float64()), aspect.max_ratio))
     kept = pictures.filter(fits)
     if not kept.num_rows:
-        raise RunFailed(f"encode: all {pictures.num_rows} selected images are more elongated than encode.aspect.max_ratio = {aspect.max_ratio}")
+        raise RunFailed(
+            f"encode: all {pictures.num_rows} selected images are more elongated than encode.aspect.max_ratio = {aspect.max_ratio}"
+        )
     dropped = pictures.num_rows - kept.num_rows
     return kept.combine_chunks(), {"aspect ratio": dropped} if dropped else {}
 

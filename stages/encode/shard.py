@@ -20,7 +20,7 @@ from schemas.errors import RunFailed
 from schemas.manifest import ImageShards, Manifest
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.facts import read_config
-from stages.diffusion.pipeline import TeacherPipeline
+from stages.diffusion.pipeline import Part, TeacherPipeline
 from stages.encode.crop import Crop, centre_crop, crop_pixels, random_crop
 from stages.encode.order import Order
 from stages.offsets import shard_names
@@ -100,9 +100,8 @@ class ShardEncoder:
         self.work = work
         self.pictures_at_once = work.pictures_at_once
         self.shards = shard_names(work.images)
-        text = {"text"} if work.config.text == "precomputed" else set()
-        dtype = vae_dtype(work.config, work.teacher)
-        self.teacher = TeacherPipeline.load(work.teacher, device, vae_dtype=dtype, only=frozenset({"vae", *text}))
+        only: frozenset[Part] = frozenset({"vae", "text"} if work.config.text == "precomputed" else {"vae"})
+        self.teacher = TeacherPipeline.load(work.teacher, device, vae_dtype=vae_dtype(work.config, work.teacher), only=only)
         if work.config.vae_slicing:
             self.teacher.vae.enable_slicing()
         if work.config.vae_tiling:
@@ -119,7 +118,7 @@ class ShardEncoder:
             for batch in _batches(prepared, self.work.pictures_at_once):
                 latents += self.latents(torch.stack([pixels for *_, pixels in batch]), [sample.key for _, sample, *_ in batch])
                 for row, sample, crop, _ in batch:
-                    index.append(_index_row(name, len(index), row, sample, crop, self.work.config))
+                    index.append(_index_row((name, len(index)), row, sample, crop, self.work.config))
                     ids = self.teacher.time_ids(crop.original_hw, (crop.top, crop.left), (side, side))
                     time_ids += [] if ids is None else [ids.cpu()]
         tensors = {"latents": torch.cat(latents).contiguous()}
@@ -182,7 +181,7 @@ class ShardEncoder:
 
     def _prepare(self, row: dict[str, Any]) -> tuple[dict[str, Any], Sample, Crop, Tensor]:
         work = self.work
-        sample = read_picture(work.workspace.store, work.images, self.shards[row["shard"]], row)
+        sample = read_picture(work.workspace, work.images, self.shards[row["shard"]], row)
         try:
             picture, _ = decode_rgb(sample.image)
         except BrokenPictureError as error:
@@ -236,7 +235,8 @@ def unload_encoder() -> None:
     torch.cuda.empty_cache()
 
 
-def _index_row(shard: str, row: int, place: dict[str, Any], sample: Sample, crop: Crop, config: EncodeConfig) -> dict[str, Any]:
+def _index_row(at: tuple[str, int], place: dict[str, Any], sample: Sample, crop: Crop, config: EncodeConfig) -> dict[str, Any]:
+    shard, row = at
     stored = config.text == "precomputed"
     return {
         "shard": f"{shard}.safetensors",
@@ -251,29 +251,3 @@ def _index_row(shard: str, row: int, place: dict[str, Any], sample: Sample, crop
         "text_shard": f"{shard_name(place['text_shard'])}.safetensors" if stored else None,
         "text_row": place["text_row"] if stored else None,
     }
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
-    """Map in order over threads, never more than `window` results ahead of their use."""
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()

@@ -71,7 +71,20 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
         shard_samples = encoded_size(teacher, config).shard_samples(config)
         order = write_order(pictures, folder / "order.parquet", seed=workspace.seed, shard_samples=shard_samples)
         del pictures
-        _encode_all(config, inputs, workspace, teacher, order, side)
+        _encode_all(
+            Work(
+                config=config,
+                images=inputs.images,
+                teacher=teacher,
+                order=order,
+                workspace=replace(workspace, progress=NullProgress()),
+                side=side,
+                devices=devices_of(workspace.device, config.processes),
+                threads=torch.get_num_threads(),
+                pictures_at_once=first_batch(config, workspace.device, side),
+            ),
+            workspace,
+        )
     unconditional = _unconditional(teacher, workspace.device)
     content = Latents(
         samples=order.samples,
@@ -87,28 +100,18 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
     return _publish(content, unconditional, config, workspace)
 
 
-def _encode_all(config: EncodeConfig, inputs: Inputs, workspace: Workspace, teacher: Path, order: Order, side: int) -> None:
+def _encode_all(work: Work, workspace: Workspace) -> None:
     """Make the shards that are not kept yet, by as many processes as were asked for and have a device."""
+    order = work.order
     done = {part.name for part in workspace.parts()}
     left = [number for number in range(order.shards) if shard_name(number) not in done]
     if not left:
         return
-    devices = devices_of(workspace.device, config.processes)
-    processes = min(config.processes, len(devices) if workspace.device.startswith("cuda") else config.processes)
-    work = Work(
-        config=config,
-        images=inputs.images,
-        teacher=teacher,
-        order=order,
-        workspace=replace(workspace, progress=NullProgress()),
-        side=side,
-        devices=devices,
-        threads=torch.get_num_threads(),
-        pictures_at_once=first_batch(config, workspace.device, side),
-    )
+    asked = work.config.processes
+    processes = min(len(left), asked, len(work.devices) if workspace.device.startswith("cuda") else asked)
     try:
         work = _fitted(work, workspace)
-        if min(processes, len(left)) > 1:
+        if processes > 1:
             unload_encoder()  # the processes load their own
         samples = order.samples - sum(order.shard_rows(number) for number in left)
         for made in map_processes(partial(encode_shard, work=work), left, processes):
@@ -164,5 +167,3 @@ def _publish(content: Latents, unconditional: Conditioning, config: EncodeConfig
         save_file(text_tensors(unconditional, config), folder / "unconditional.safetensors")
         shards = {f"{name}.safetensors": (parts[name], f"{name}.safetensors") for name in names}
         return workspace.publish(folder, content, shards)
-
-

@@ -156,7 +156,7 @@ def test_killed_it_encodes_only_what_was_left_and_makes_the_same_bytes(
     assert seen == SAMPLES - CONFIG.shard_samples
 
 
-def test_a_caption_is_encoded_and_stored_once_in_the_whole_set(
+def test_a_caption_is_encoded_and_stored_once_in_the_whole_set(  # noqa: PLR0917 - fixtures
     folder: Path,
     store: ArtifactStore,
     chosen: Chosen,
