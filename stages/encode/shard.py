@@ -251,3 +251,29 @@ def _index_row(at: tuple[str, int], place: dict[str, Any], sample: Sample, crop:
         "text_shard": f"{shard_name(place['text_shard'])}.safetensors" if stored else None,
         "text_row": place["text_row"] if stored else None,
     }
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
+    """Map in order over threads, never more than `window` results ahead of their use."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -17,7 +17,7 @@ from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.facts import inspect
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.encode.order import Order, check_sizes, without_elongated, write_order
+from stages.encode.order import check_sizes, without_elongated, write_order
 from stages.encode.shard import (
     INDEX,
     INDEX_SCHEMA,
