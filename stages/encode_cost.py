@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.manifest import ImageShards, Latents, Manifest, Measurements, Selection
-from stages.encoded_size import CONFIG_FILES, EncodedSize, encoded_size, size_of_trained
+from stages.encoded_size import CONFIG_FILES, EncodedSize, encoded_size, human, size_of_trained
 from stages.plan import Plan
 
 Find = Callable[[str], Manifest | None]
@@ -105,13 +105,3 @@ def _table_rows(table: Path) -> int | None:
         return sum(pq.read_metadata(file).num_rows for file in files) if files else None
     except (OSError, pa.ArrowInvalid):  # the stage itself will say what is wrong with it
         return None
-
-
-def human(size: int) -> str:
-    """Bytes in powers of ten, as disks are sold."""
-    value = float(size)
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "bytes" or value >= 9.95 else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")

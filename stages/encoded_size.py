@@ -70,3 +70,13 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"{path.name}: expected a JSON object")
     return value
+
+
+def human(size: int) -> str:
+    """Bytes in powers of ten, as disks are sold."""
+    value = float(size)
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "bytes" or value >= 9.95 else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")

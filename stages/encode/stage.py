@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from infra.progress import NullProgress
 from schemas.base import Model
 from schemas.data import EncodeConfig
+from schemas.errors import BadInput
 from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.facts import inspect
@@ -28,7 +29,7 @@ from stages.encode.shard import (
     text_tensors,
     unload_encoder,
 )
-from stages.encoded_size import encoded_size
+from stages.encoded_size import EncodedSize, encoded_size, human
 from stages.parallel import map_processes
 from stages.selected import SelectedPictures
 from stages.teacher import check_resolution
@@ -40,6 +41,8 @@ _PIXELS_AT_ONCE: Final = 2**20
 """Of `batch_size: auto` on a CPU, which gains nothing by more."""
 _PIXELS_TRIED: Final = 8 * 2**20
 """Of `batch_size: auto` on a device whose memory is tried first."""
+_LARGEST_SHARD: Final = 5 * 10**9
+"""Bytes: what S3 copies in one call, and a process's memory has to hold."""
 _FOUND: Final = "batch-size"
 """The part that keeps what the trial found, so that a run that goes on elsewhere in memory makes the same bits."""
 
@@ -68,7 +71,7 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
     check_sizes(pictures, side)
     pictures, dropped = without_elongated(pictures, config.aspect)
     with workspace.folder("order") as folder:
-        shard_samples = encoded_size(teacher, config).shard_samples(config)
+        shard_samples = _shard_samples(encoded_size(teacher, config), config)
         order = write_order(pictures, folder / "order.parquet", seed=workspace.seed, shard_samples=shard_samples)
         del pictures
         _encode_all(
@@ -98,6 +101,16 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
         teacher=inputs.teacher.identity,
     )
     return _publish(content, unconditional, config, workspace)
+
+
+def _shard_samples(size: EncodedSize, config: EncodeConfig) -> int:
+    samples = size.shard_samples(config)
+    if samples * size.sample(config) > _LARGEST_SHARD:
+        raise BadInput(
+            f"encode.shard_samples = {samples}: a shard of {human(samples * size.sample(config))}; expected at most "
+            f"{_LARGEST_SHARD // size.sample(config)} samples ({human(_LARGEST_SHARD)}), or shard_mb in its place"
+        )
+    return samples
 
 
 def _encode_all(work: Work, workspace: Workspace) -> None:

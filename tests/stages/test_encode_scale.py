@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from infra.store import ArtifactStore
+from infra.store import ArtifactStore, StoreSettings
 from schemas.data import AspectConfig, EncodeConfig
 from schemas.errors import BadInput, CorruptArtifact, RunFailed
 from schemas.lcm import LcmConfig
@@ -36,10 +36,11 @@ from stages.encode import shard as shard_module
 from stages.encode import stage as stage_module
 from stages.encode.crop import centre_crop, random_crop
 from stages.encode.order import shuffled, text_places
-from stages.encode_cost import EncodeCost, human
-from stages.encoded_size import EncodedSize, encoded_size, size_of_trained
+from stages.encode_cost import EncodeCost
+from stages.encoded_size import EncodedSize, encoded_size, human, size_of_trained
 from stages.latents import LatentSet
 from stages.training.latent_batches import reader
+from tests.services import ObjectStore
 from tests.stages.killed import Job, parts_of, start
 from tests.stages.pictures import Chosen, encoded, hashes, noise, publish_selected, sample
 from tests.stages.test_encode import CONFIG, SAMPLES, SIDE, pictures, publish_teacher
@@ -235,6 +236,22 @@ def test_no_image_shard_comes_to_this_machine_and_no_latents_either(
     assert set(loaded) == {"index.parquet"}
 
 
+@pytest.mark.service
+def test_on_an_object_store_the_bytes_are_the_same(
+    place: Place, latents: Manifest[Latents], seaweedfs: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in seaweedfs.environment.items():
+        monkeypatch.setenv(name, value)
+    address, cache = f"s3://{seaweedfs.bucket}/encode", tmp_path / "cache"
+    store = ArtifactStore.open(address, StoreSettings(cache_dir=tmp_path / "cache of the fixtures"))
+    chosen, teacher = publish_selected(tmp_path, store, pictures(), shard_images=5), publish_teacher("sdxl", tmp_path, store)
+    away = Place(tmp_path, ArtifactStore.open(address, StoreSettings(cache_dir=cache)), chosen, teacher)
+    assert hashes(away.run()) == hashes(latents)
+    here = [path.name for path in cache.rglob("*") if path.is_file()]
+    assert "verdicts.parquet" in here
+    assert not [name for name in here if name.endswith(".tar") or name.startswith("latents-")]
+
+
 def test_a_picture_whose_bytes_changed_is_named(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     chosen = publish_selected(tmp_path, store, pictures()[:3])
@@ -319,6 +336,12 @@ class TestSize:
             found = sum(entry.size for entry in made.files if entry.path.startswith("latents-"))
             cost = EncodeCost(text, size, made.content.samples, "select")
             assert cost.total(text == "precomputed") == pytest.approx(found, rel=0.02)
+
+    def test_shards_too_large_to_copy_are_refused_before_work(self, place: Place) -> None:
+        size = encoded_size(place.store.fetch(place.teacher), CONFIG)
+        most = 5 * 10**9 // size.sample(CONFIG)
+        with pytest.raises(BadInput, match=rf"a shard of 5\.0 GB; expected at most {most} samples"):
+            place.run(shard_samples=most + 1)
 
     def test_of_sdxl(self, tmp_path: Path) -> None:
         sdxl_configs(tmp_path)
