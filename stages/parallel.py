@@ -31,8 +31,7 @@ def map_processes(function: Callable[[Item], Result], items: Sequence[Item], pro
     if workers <= 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(context.Value("i", 0),))
+    pool = _pool(workers)
     try:
         yield from pool.map(function, items)
     except BrokenProcessPool as error:
@@ -46,7 +45,7 @@ def stream_processes(function: Callable[[Item], Result], items: Iterable[Item], 
     if processes <= 1:
         yield from ((item, function(item)) for item in items)
         return
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    pool = _pool(processes)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -60,6 +59,11 @@ def stream_processes(function: Callable[[Item], Result], items: Iterable[Item], 
         raise _died(function) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(context.Value("i", 0),))
 
 
 def _died(function: Callable[..., object]) -> RunFailed:
