@@ -3,22 +3,41 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from schemas.base import Field, Mistake, Model, NotIdentity
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ColumnMap(Model):
-    """Which column of the table says what. Each field lists names tried in order, without regard to case; empty means: there is none.
+    """Which column of the table says what. Each field lists names tried in order, without regard to case, first found.
 
-    The defaults are the names of LAION-5B, LAION-Aesthetics and COYO-700M.
+    The defaults are the names of LAION-5B, LAION-Aesthetics and COYO-700M. Names given in a recipe are tried before them, so a recipe names only
+    what is new; an explicit empty list means: there is none.
     """
 
     url: tuple[str, ...] = ("url",)
     caption: tuple[str, ...] = ("caption", "text", "top_caption")
     width: tuple[str, ...] = ("width", "original_width")
+    """Pixels, as the table states them; the picture itself is judged later."""
     height: tuple[str, ...] = ("height", "original_height")
     aesthetic: tuple[str, ...] = ("aesthetic", "aesthetic_score", "aesthetic_score_laion_v2")
+    similarity: tuple[str, ...] = ("similarity", "clip_similarity", "clip_similarity_vitb32", "clip_similarity_vitl14")
+    """Cosine of the CLIP embeddings of picture and caption."""
+    watermark: tuple[str, ...] = ("watermark", "pwatermark", "watermark_score")
+    """Probability of a watermark."""
+    unsafe: tuple[str, ...] = ("unsafe", "punsafe", "nsfw_score_opennsfw2")
+    """Probability of content that is not safe for work."""
+    nsfw: tuple[str, ...] = ("nsfw",)
+    """Label of the safety of content: UNLIKELY, UNSURE or NSFW in LAION-5B."""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _before_the_defaults(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        defaults: tuple[str, ...] = cls.model_fields[info.field_name or ""].default
+        given = {name.lower() for name in names}
+        return (*names, *(name for name in defaults if name.lower() not in given)) if names else ()
 
 
 class IngestConfig(Model):
@@ -31,16 +50,34 @@ class IngestConfig(Model):
     """Rows whose stated short side is not strictly above this are dropped before download (pixels). SDXL-Lightning 3.6."""
     min_aesthetic: float | None = 5.5
     """Rows whose stated aesthetic score is not strictly above this are dropped before download. SDXL-Lightning 3.6. null: not looked at."""
+    min_similarity: float | None = None
+    """Rows whose stated CLIP similarity is below this are dropped before download. null: not looked at (LAION-5B keeps .28 and above itself)."""
+    max_watermark: Fraction | None = 0.8
+    """Rows whose stated probability of a watermark is not strictly below this are dropped before download. LAION-Aesthetics. null: not looked at."""
+    max_unsafe: Fraction | None = 0.5
+    """Rows whose stated probability of unsafe content is not strictly below this are dropped before download. LAION-Aesthetics; COYO-700M holds none
+    above it. null: not looked at."""
+    drop_nsfw: tuple[str, ...] = ("NSFW",)
+    """Rows with one of these safety labels, whatever their case, are dropped before download. UNSURE is the label that may be added."""
     shard_images: Annotated[int, Field(ge=1)] = 1000
     """Images in one webdataset shard."""
     max_failed_fraction: Fraction = 0.5
     """The run stops where more than this share of the downloads failed: web tables age, but a dead proxy must not pass for them."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 10
+    """For one try of one file, from the connection to the last byte, redirects included."""
     retries: Annotated[int, Field(ge=0)] = 1
     """Further tries of one address by the downloader."""
     max_file_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
+    """Larger files are refused. A process of the downloader may hold two for each of its threads."""
     allow_private_addresses: bool = False
     """Whether URLs on loopback and private networks may be fetched. The demo, which serves its own pictures, needs it."""
+    distributor: Annotated[Literal["multiprocessing", "pyspark", "ray"], NotIdentity] = "multiprocessing"
+    """img2dataset's way to spread downloads: `processes` of this machine, or a Spark or Ray cluster, which their own configuration names (Spark's
+    files, RAY_ADDRESS; without it all cores of this machine) and whose machines have this package installed."""
+    shared_folder: Annotated[str | None, NotIdentity] = None
+    """Path or address (s3://) of a folder that all machines of a cluster read and write, for a chunk's files on their way. null: local scratch."""
+    chunk_rows: Annotated[int, Field(ge=1), NotIdentity] = 10_000
+    """Rows fetched by one start of the downloader (seconds), and then kept on the store: a killed run loses at most these."""
     processes: Annotated[int, Field(ge=1), NotIdentity] = 4
     threads: Annotated[int, Field(ge=1), NotIdentity] = 32
 

@@ -59,7 +59,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("ingest", IngestConfig, ("image_shards",), "stages.ingest"),
+        Stage("ingest", IngestConfig, ("image_shards",), "stages.ingest", revision=2),
         Stage("measure", MeasureConfig, ("measurements",), "stages.measure"),
         Stage("select", SelectConfig, ("selection",), "stages.select", revision=2),
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),

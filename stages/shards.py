@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,3 @@ class ShardWriter:
         if self._tar is not None:
             self._tar.close()
             self._tar = None
-
-
-def move_shards(sources: Sequence[Path], folder: Path, first: int) -> int:
-    """Rename shards into `folder`, numbered from `first` on; return the next number."""
-    for number, source in enumerate(sources, first):
-        source.replace(folder / f"shard-{number:05d}.tar")
-    return first + len(sources)
