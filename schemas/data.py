@@ -164,9 +164,9 @@ class SelectConfig(Model):
     """Strict lower bound of the short side of the decoded picture (pixels). SDXL-Lightning 3.6: "larger than 1024"."""
     min_aesthetic: float | None = 5.5
     """Strict lower bound of the LAION aesthetic score; a picture without a score is dropped. null: not looked at."""
-    min_sharpness: Annotated[float, Field(ge=0)] = 0.05
+    min_sharpness: Annotated[float, Field(ge=0)] = 0.04
     """Lower bound of the Laplacian variance over luma variance at `measure.analysis_px`. SDXL-Lightning 3.6 has such a filter; no bound published."""
-    min_high_frequency: Annotated[float, Field(ge=0, le=1)] = 0.004
+    min_high_frequency: Annotated[float, Field(ge=0, le=1)] = 0.003
     """Lower bound of the share of spectral energy above half of Nyquist at native size: enlarged pictures have next to none. 0: not looked at."""
     max_watermark: Fraction | None = 0.5
     """Strict upper bound of the watermark probability, as in laion-improved-aesthetics, which Stable Diffusion 1 was trained on; a row that has

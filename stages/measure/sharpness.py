@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 TILE: Final = 64
 """Side of a tile (pixels): of the shrunk picture for `sharpness`, of the native one for `high_frequency`."""
-DETAILED: Final = 32
+DETAILED: Final = 16
 """`high_frequency` looks at this many tiles, where the picture has most detail."""
 PERCENTILE: Final = 95
 """Of the tiles that show something: a sharp bird before a blurred sky is a sharp picture."""

@@ -27,13 +27,15 @@ from stages.select.patterns import (
     CONTROL,
     DATE,
     EMPTY_BRACKETS,
-    ENDS,
     FILE_NAME,
     INVISIBLE_RE2,
+    LEADING,
     REPEATED,
     SIZE,
+    SPACES,
     STRAY_SPACE,
     TAG,
+    TRAILING,
     URL,
     WIDE_RE2,
 )
@@ -90,7 +92,12 @@ def strip_dates(caption: str) -> str:
 
 def tidy_punctuation(caption: str) -> str:
     """Take away brackets around nothing, all but the first of several separators, separators at the ends, spaces before commas and stops."""
-    return ENDS.sub("", STRAY_SPACE.sub(r"\1", REPEATED.sub(r"\1\2", EMPTY_BRACKETS.sub("", caption))))
+    if "(" in caption or "[" in caption or "{" in caption:
+        caption = EMPTY_BRACKETS.sub("", caption)
+    caption = STRAY_SPACE.sub(r"\1", REPEATED.sub(r"\1\2", caption)).lstrip(LEADING)
+    while caption.startswith(".") and caption[1:2] in SPACES:  # the end of a sentence that is gone; ".5" stays
+        caption = caption[1:].lstrip(LEADING)
+    return caption.rstrip(TRAILING)
 
 
 def collapse_spaces(caption: str) -> str:

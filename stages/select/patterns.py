@@ -97,6 +97,9 @@ DATE: Final = re.compile(
 )
 
 EMPTY_BRACKETS: Final = re.compile(r"\(\s*\)|\[\s*\]|\{\s*\}", _FLAGS)
-REPEATED: Final = re.compile(r"(?:(?<=\s)|(?<=[,;:|•·]))([,;:|•·–—/-])(?:\s+[,;:|•·–—/-])+(?=\s|$)|([,;:|•·])(?:\s*[,;:|•·])+", _FLAGS)
+REPEATED: Final = re.compile(r"([,;:|•·–—/-])(?<![^\s,;:|•·][,;:|•·–—/-])(?:\s+[,;:|•·–—/-])+(?=\s|$)|([,;:|•·])(?:\s*[,;:|•·])+", _FLAGS)
 STRAY_SPACE: Final = re.compile(r"\s+([,.;:!?])(?!\S)", _FLAGS)
-ENDS: Final = re.compile(r"^(?:[\s_|,;:/\\•·*~#+=>!?–—-]|\.(?=\s|$))+|[\s_|,;:/\\•·*~#+=<–—-]+$", _FLAGS)
+SPACES: Final = " \t\n\r\f\v"
+LEADING: Final = SPACES + r"_|,;:/\•·*~#+=>!?–—-"
+TRAILING: Final = SPACES + r"_|,;:/\•·*~#+=<–—-"
+"""Characters that do not begin, or end, a caption."""

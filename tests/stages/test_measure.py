@@ -429,6 +429,51 @@ class TestAesthetic:
         expected = torch.nn.functional.normalize(features) @ weight.T + bias
         torch.testing.assert_close(torch.tensor(scorer.score(pictures)), expected[:, 0], rtol=1e-4, atol=1e-5)
 
+    def test_the_published_layouts_load(self, tmp_path: Path) -> None:
+        from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+        from stages.measure.aesthetic import AestheticPredictor
+
+        vision = CLIPVisionConfig(
+            projection_dim=768,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        )
+        text = CLIPTextConfig(
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=64,
+        )
+        torch.manual_seed(0)
+        CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)).save_pretrained(tmp_path)
+        pictures = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+
+        widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}  # sac+logos+ava1-l14-linearMSE, dropouts between
+        published = {f"layers.{n}.weight": torch.randn(o, i) / i**0.5 for n, (i, o) in widths.items()}
+        published |= {f"layers.{n}.bias": torch.randn(o) for n, (_, o) in widths.items()}
+        save_file(published, tmp_path / "head.safetensors")
+        scorer = AestheticPredictor.load(tmp_path, "cpu")
+        sequential = torch.nn.Sequential(*[torch.nn.Linear(*widths[n]) if n in widths else torch.nn.Dropout() for n in range(8)]).eval()
+        sequential.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in published.items()})
+        single = torch.nn.Linear(768, 1)  # LAION-AI/aesthetic-predictor
+        with torch.no_grad():
+            mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+            pixels = (torch.from_numpy(np.stack(pictures)) / 255 - mean) / std
+            features = torch.nn.functional.normalize(scorer.clip(pixels.permute(0, 3, 1, 2)).image_embeds)
+            torch.testing.assert_close(torch.tensor(scorer.score(pictures)), sequential(features)[:, 0], rtol=1e-4, atol=1e-4)
+            save_file(single.state_dict(), tmp_path / "head.safetensors")
+            scorer = AestheticPredictor.load(tmp_path, "cpu")
+            torch.testing.assert_close(torch.tensor(scorer.score(pictures)), single(features)[:, 0], rtol=1e-4, atol=1e-4)
+
     def test_only_rows_without_a_score_are_scored(
         self, predictor: Path, folder: Path, store: ArtifactStore, images: Manifest[ImageShards]
     ) -> None:
