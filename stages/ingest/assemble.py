@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from schemas.base import Model
 from stages.ingest.repack import FAILURES_SCHEMA, ROWS_SCHEMA
+from stages.offsets import write_offsets
 from stages.shards import ShardWriter, read_samples, shard_paths
 from stages.workspace import Workspace
 
@@ -45,6 +46,8 @@ def assemble(workspace: Workspace, folder: Path, chunks: Sequence[str], shard_im
                 rows.add(pq.read_table(loaded / "rows.parquet"))
                 failures.add(pq.read_table(loaded / "failures.parquet"))
     writer.close()
+    for shard in shard_paths(folder):
+        write_offsets(shard)
     return shards
 
 

@@ -187,7 +187,7 @@ def test_the_schema_is_one_that_editors_take(chain: ToyChain, capsys: pytest.Cap
         (["stage", "encode", "toy.yaml", "--input", "images"], "--input images: expected NAME=ARTIFACT"),
         (
             ["stage", "encode", "toy.yaml", "--input", "pairs=abcdef"],
-            "input 'pairs': is read by nothing here; expected one of images, teacher",
+            "input 'pairs': is read by nothing here; expected one of images, selection, teacher",
         ),
         (["stage", "encode", "toy.yaml", "--input", "selection=abcdef"], "no such artifact"),
         (["show", "xyz"], "expected an identity, or its first 6 or more hex digits"),
@@ -228,7 +228,7 @@ def test_an_input_of_another_kind_is_refused(chain: ToyChain, capsys: pytest.Cap
     teacher = next(manifest for manifest in chain.store.manifests() if manifest.kind == "teacher")
     chain.runs()
     assert distill("stage", "encode", chain.recipe_file(), "--input", f"selection={teacher.identity}") == 2
-    assert "encode: input images is of another kind than the stage reads" in capsys.readouterr().err
+    assert "encode: input selection is of another kind than the stage reads" in capsys.readouterr().err
     assert chain.runs() == []
 
 
