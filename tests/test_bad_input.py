@@ -572,7 +572,7 @@ def test_the_recipe_of_the_cases_is_right(bench: Bench, capsys: pytest.CaptureFi
     """Else every case would be refused for another reason than its own."""
     from flows.preparation import prepare
 
-    assert len(prepare(bench.recipe(), bench.address).unfinished) == 7
+    assert len(prepare(bench.recipe(), bench.address).unfinished) == 8
     code, output, _ = bench.run(["plan", bench.recipe()], capsys)
     assert code == 0 and "would run" in output
 
