@@ -296,8 +296,33 @@ def test_of_the_demos_pictures_the_planted_ones_are_dropped_and_no_other(tmp_pat
         ("max_watermark: 2", "select.max_watermark (line 6): found 2"),
     ],
 )
-def test_mistakes_in_the_recipe(section: str, expected: str) -> None:
+def test_mistakes_in_the_section(section: str, expected: str) -> None:
     text = f"name: small\ningest:\n  table: images.parquet\nteacher: {{source: teachers/tiny}}\nselect:\n  {section}\n"
     with pytest.raises(BadInput) as caught:
         read_recipe(text, [])
     assert expected in str(caught.value)
+
+
+def test_what_ingest_must_not_drop_before_select_can_judge_it() -> None:
+    text = """\
+name: small
+ingest:
+  table: images.parquet
+  columns: {similarity: []}
+  min_similarity: 0.3
+  max_unsafe: 0.4
+  drop_nsfw: [nsfw, UNSURE]
+teacher: {source: teachers/tiny}
+select:
+  min_similarity: 0.2
+  max_watermark: null
+"""
+    with pytest.raises(BadInput) as caught:
+        read_recipe(text, [])
+    assert [line.strip().partition(" ")[0].rstrip(":") for line in str(caught.value).splitlines()[1:]] == [
+        "select.min_similarity",
+        "ingest.min_similarity",
+        "ingest.max_watermark",
+        "ingest.max_unsafe",
+        "ingest.drop_nsfw.1",
+    ]
