@@ -184,14 +184,41 @@ class SelectConfig(Model):
     captions: CaptionConfig = CaptionConfig()
 
 
+class AspectConfig(Model):
+    """What becomes of a picture that is not square. It is never enlarged."""
+
+    crop: Literal["centre", "random"] = "centre"
+    """Where the square is cut from the picture, shrunk until its short side is `resolution_px`. SDXL-Lightning 3.6 trains on squares only.
+    random: at a position that is a function of (seed, key), as SDXL was trained (arXiv 2307.01952, 2.2). Time ids name the crop really used."""
+    max_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Pictures whose long side is more than this many times the short one are left out, and counted: a square shows little of them.
+    null: none are."""
+
+
 class EncodeConfig(Model):
     """`encode`: VAE latents and text embeddings of the selected images."""
 
     resolution_px: Annotated[int, Field(ge=8)] | None = None
     """Side of the square training crop (pixels). null: the resolution the teacher was trained for."""
-    vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The SDXL VAE overflows in float16, so that is no choice."""
+    aspect: AspectConfig = AspectConfig()
+    text: Literal["precomputed", "on_the_fly"] = "precomputed"
+    """Text embeddings stored, or made by the teacher's text encoders while training: 630 KB of disk a sample (SDXL, float32) against their
+    time in every step. `distill plan` prints both costs."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage type of the text embeddings. bfloat16 halves the 630 KB of an SDXL prompt."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    shard_samples: Annotated[int, Field(ge=1)] = 1024
+    vae_dtype: Literal["float32", "bfloat16", "teacher"] = "float32"
+    """Type the VAE computes in. SDXL's overflows in float16, so that is no choice; bfloat16 has float32's range. teacher: float32 where the
+    VAE's configuration says `force_upcast`, as SDXL's does, else bfloat16."""
+    vae_slicing: bool = False
+    """Pictures of a batch go through the VAE one by one: less memory, and the last bits are those of `batch_size` 1."""
+    vae_tiling: bool = False
+    """Pictures larger than the VAE's own `sample_size` go through it in overlapping tiles that are blended: less memory, slightly other latents."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Pictures that go through the VAE together. The last bits of a latent depend on it, so it is part of the identity. auto: one megapixel on
+    a CPU; on a GPU eight, halved until a trial fits its memory."""
+    shard_mb: Annotated[int, Field(ge=256, le=1024)] = 512
+    """Size of a shard in megabytes (10^6 bytes), counted with the text of every sample: good for object storage."""
+    shard_samples: Annotated[int, Field(ge=1)] | None = None
+    """Samples in one shard, in place of `shard_mb`."""
+    processes: Annotated[int, Field(ge=1), NotIdentity] = 1
+    """Shards encoded at the same time, each by a process of its own. On GPUs no more than there are, each with one."""

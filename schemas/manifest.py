@@ -72,13 +72,19 @@ class Selection(Model):
 
 
 class Latents(Model):
-    """Safetensors shards of latents and text embeddings, `unconditional.safetensors`, and `index.parquet`."""
+    """Safetensors shards of latents and, where precomputed, text embeddings; `unconditional.safetensors`, and `index.parquet`."""
 
     kind: Literal["latents"] = "latents"
     samples: int
     shards: int
     latent_shape: tuple[int, int, int]
     """(C, h, w) of one latent, already multiplied by the teacher's scaling factor."""
+    dropped: dict[str, int] = {}
+    """Selected pictures that were not encoded, by reason."""
+    text: Literal["precomputed", "on_the_fly"] = "precomputed"
+    """Whether the shards hold text embeddings, or the teacher's text encoders make them of the captions when they are needed."""
+    captions: int = 0
+    """Distinct captions; each is encoded and stored once."""
     text_tokens: int
     text_features: int
     teacher: Sha256

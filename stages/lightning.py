@@ -41,7 +41,7 @@ def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[An
     """Train the student of one link and publish its UNet or LoRA."""
     check_teacher(inputs.teacher, inputs.latents, inputs.previous)
     seed = workspace.seed if config.seed is None else config.seed
-    latents = LatentSet.open(inputs.latents, workspace)
+    latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
     teacher, unet = _networks(config, inputs, workspace, derive_seed(seed, "lora"))
     student = UNetDenoiser(unet, teacher.schedule, _student_prediction(config, teacher))
     unconditional = latents.unconditional(1) if config.guidance_scale > 1 else None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.sharedctypes import Synchronized
 from typing import Final, TypeVar
 
 from schemas.errors import RunFailed
@@ -30,7 +31,7 @@ def map_processes(function: Callable[[Item], Result], items: Sequence[Item], pro
     if workers <= 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    pool = _pool(workers)
     try:
         yield from pool.map(function, items)
     except BrokenProcessPool as error:
@@ -44,7 +45,7 @@ def stream_processes(function: Callable[[Item], Result], items: Iterable[Item], 
     if processes <= 1:
         yield from ((item, function(item)) for item in items)
         return
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_belong_to_parent)
+    pool = _pool(processes)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
@@ -60,8 +61,29 @@ def stream_processes(function: Callable[[Item], Result], items: Iterable[Item], 
         pool.shutdown(cancel_futures=True)
 
 
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(context.Value("i", 0),))
+
+
 def _died(function: Callable[..., object]) -> RunFailed:
     return RunFailed(f"a worker process died while running {function}: was it killed for want of memory? Try fewer processes")
+
+
+def worker_rank() -> int:
+    """Which of a map's processes this is, from 0 on; 0 in a process that is none. Tells each its own device."""
+    return _rank
+
+
+_rank = 0
+
+
+def _begin(started: "Synchronized[int]") -> None:
+    global _rank  # noqa: PLW0603 - a process has one
+    with started.get_lock():
+        _rank = started.value
+        started.value += 1
+    _belong_to_parent()
 
 
 def _belong_to_parent() -> None:

@@ -64,7 +64,7 @@ STAGES: dict[str, Stage] = {
         Stage("select", SelectConfig, ("selection",), "stages.select", revision=2),
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
-        Stage("encode", EncodeConfig, ("latents",), "stages.encode"),
+        Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning"),
         Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm"),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),

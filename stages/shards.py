@@ -36,8 +36,6 @@ class Place:
     shard: Path
     members: Mapping[str, tuple[int, int]]
     """Offset and size in bytes by extension."""
-    caption: str | None = None
-    """A caption that takes the place of the stored one."""
 
     def read(self) -> Sample:
         """Read the sample. Raises `CorruptArtifact` where the shard is shorter than its directory says."""
@@ -48,8 +46,7 @@ class Place:
                 parts[extension] = stream.read(size)
                 if len(parts[extension]) != size:
                     raise CorruptArtifact(f"{self.shard}: {self.key}.{extension} is cut short")
-        caption = parts["txt"].decode() if self.caption is None else self.caption
-        return Sample(self.key, self.extension, parts[self.extension], caption, json.loads(parts["json"]))
+        return Sample(self.key, self.extension, parts[self.extension], parts["txt"].decode(), json.loads(parts["json"]))
 
 
 def shard_paths(folder: Path) -> list[Path]:
