@@ -68,26 +68,6 @@ def _similarity_has_a_source(recipe: Recipe) -> Iterator[Mistake]:
         yield ("select", "min_similarity"), threshold, expected
 
 
-def _ingest_drops_no_more_by_similarity(recipe: Recipe) -> Iterator[Mistake]:
-    early, late = recipe.ingest.min_similarity, recipe.select.min_similarity
-    if early is not None and (late is None or early > late):
-        expected = f"would drop rows that select keeps: expected at most select.min_similarity = {late}, or null"
-        yield ("ingest", "min_similarity"), early, expected
-
-
-def _ingest_drops_no_more_by_probability(field: str, recipe: Recipe) -> Iterator[Mistake]:
-    early, late = getattr(recipe.ingest, field), getattr(recipe.select, field)
-    if early is not None and (late is None or early < late):
-        yield ("ingest", field), early, f"would drop rows that select keeps: expected at least select.{field} = {late}, or null"
-
-
-def _ingest_drops_no_more_by_label(recipe: Recipe) -> Iterator[Mistake]:
-    for number, label in enumerate(recipe.ingest.drop_nsfw):
-        if label.upper() not in recipe.select.drop_nsfw:
-            expected = f"would drop rows that select keeps: expected one of select.drop_nsfw = {list(recipe.select.drop_nsfw)}"
-            yield ("ingest", "drop_nsfw", number), label, expected
-
-
 def _batch_divides(path: str, recipe: Recipe) -> Iterator[Mistake]:
     config = _training(path, recipe)
     if config is not None and config.batch_size % config.accumulation_steps:
@@ -139,9 +119,6 @@ Recipe.cross_checks = (
     _ingest_drops_no_more_by_size,
     _ingest_drops_no_more_by_score,
     _similarity_has_a_source,
-    _ingest_drops_no_more_by_similarity,
-    *(partial(_ingest_drops_no_more_by_probability, field) for field in ("max_watermark", "max_unsafe")),
-    _ingest_drops_no_more_by_label,
     *(partial(_batch_divides, path) for path in _TRAINING),
     *(partial(_warmup_ends, path) for path in _TRAINING),
     _links_add_up,
