@@ -305,5 +305,5 @@ def test_mistakes_in_the_section(section: str, expected: str) -> None:
 
 def test_a_similarity_that_no_column_gives_is_a_mistake() -> None:
     text = "name: small\ningest: {table: a.parquet, columns: {similarity: []}}\nteacher: {source: t}\nselect: {min_similarity: 0.2}\n"
-    with pytest.raises(BadInput, match="select.min_similarity .*every picture would pass"):
+    with pytest.raises(BadInput, match=r"select.min_similarity .*every picture would pass"):
         read_recipe(text, [])
