@@ -36,7 +36,7 @@ class FileEntry(Model):
 
 
 class ImageShards(Model):
-    """Webdataset tar shards (image, caption, JSON of the row), where each picture lies in them, `rows.parquet`, `failures.parquet`, `statistics.json`."""
+    """Webdataset tar shards (image, caption, JSON of the row), the places of the pictures in them, `rows`, `failures` and `statistics`."""
 
     kind: Literal["image_shards"] = "image_shards"
     rows_in_table: int

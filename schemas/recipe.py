@@ -70,6 +70,13 @@ def _ingest_drops_no_more_labels(recipe: Recipe) -> Iterator[Mistake]:
         yield ("ingest", "drop_nsfw"), list(recipe.ingest.drop_nsfw), expected
 
 
+def _similarity_has_a_source(recipe: Recipe) -> Iterator[Mistake]:
+    threshold = recipe.select.min_similarity
+    if threshold is not None and not recipe.ingest.columns.similarity:
+        expected = "every picture would pass, for the table has no such column: expected names in ingest.columns.similarity, or null here"
+        yield ("select", "min_similarity"), threshold, expected
+
+
 def _batch_divides(path: str, recipe: Recipe) -> Iterator[Mistake]:
     config = _training(path, recipe)
     if config is not None and config.batch_size % config.accumulation_steps:
@@ -121,6 +128,7 @@ Recipe.cross_checks = (
     _ingest_drops_no_more_by_size,
     _ingest_drops_no_more_by_score,
     _ingest_drops_no_more_labels,
+    _similarity_has_a_source,
     *(partial(_batch_divides, path) for path in _TRAINING),
     *(partial(_warmup_ends, path) for path in _TRAINING),
     _links_add_up,

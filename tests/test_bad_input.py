@@ -520,8 +520,8 @@ CASES = (
     ),
     Case(
         "a flipped byte, met by a stage",
-        lambda b: reading(b, damage(b, flip)),
-        ("is damaged: shard-00001.tar: expected SHA-256", "found", "to have it made again: distill verify", "--remove"),
+        lambda b: reading(b, damage(b, flip, "shard-00000.tar")),  # the first: what is measured before a damaged one is kept
+        ("is damaged: shard-00000.tar: expected SHA-256", "found", "to have it made again: distill verify", "--remove"),
         code=1,
         started=True,
     ),

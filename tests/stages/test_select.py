@@ -296,8 +296,14 @@ def test_of_the_demos_pictures_the_planted_ones_are_dropped_and_no_other(tmp_pat
         ("max_watermark: 2", "select.max_watermark (line 6): found 2"),
     ],
 )
-def test_mistakes_in_the_recipe(section: str, expected: str) -> None:
+def test_mistakes_in_the_section(section: str, expected: str) -> None:
     text = f"name: small\ningest:\n  table: images.parquet\nteacher: {{source: teachers/tiny}}\nselect:\n  {section}\n"
     with pytest.raises(BadInput) as caught:
         read_recipe(text, [])
     assert expected in str(caught.value)
+
+
+def test_a_similarity_that_no_column_gives_is_a_mistake() -> None:
+    text = "name: small\ningest: {table: a.parquet, columns: {similarity: []}}\nteacher: {source: t}\nselect: {min_similarity: 0.2}\n"
+    with pytest.raises(BadInput, match=r"select.min_similarity .*every picture would pass"):
+        read_recipe(text, [])
