@@ -6,18 +6,18 @@ Standard library only: each process of the downloader imports this.
 import functools
 import http.client
 import io
-import ipaddress
 import os
 import socket
 import ssl
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.message import Message
-from typing import Final
+from typing import Any, Final
+
+from infra.web_addresses import PrivateAddressError, connect, is_private_host, remaining
 
 _BLOCK: Final = 64 * 1024
 _MAY_PASS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -37,10 +37,11 @@ class FetchLimits:
     """What a fetch may cost and where it may go."""
 
     timeout: float
-    """Seconds for one try, from the connection to the last byte."""
+    """Seconds for one try, from the connection to the last byte, redirects included. Only the system's resolver keeps its own time."""
     max_bytes: int
     allow_private: bool = False
-    """Whether peers outside the public network (loopback, private, link-local) may be asked."""
+    """Whether peers outside the public network (loopback, private, link-local) may be asked. Behind a proxy a name's address is the proxy's to judge,
+    and only addresses that are written out are refused."""
     user_agent: str = ""
     refuses: Callable[[Message], bool] = lambda _headers: False
     """Says from the response's headers that the file must not be used."""
@@ -51,14 +52,14 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     deadline = time.monotonic() + limits.timeout
     try:
         request = urllib.request.Request(url, headers={"User-Agent": limits.user_agent})
-        with _opener(limits.allow_private).open(request, timeout=limits.timeout) as response:
-            return _read(response, limits, deadline)
+        with _opener(deadline, public_only=not limits.allow_private).open(request, timeout=limits.timeout) as response:
+            return _read(response, limits)
     except urllib.error.HTTPError as error:
         error.close()
         raise FetchError(f"http {error.code}", may_pass=error.code in _MAY_PASS) from error
     except urllib.error.URLError as error:
         raise _explained(error.reason) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, PrivateAddressError) as error:
         raise _explained(error) from error
 
 
@@ -73,24 +74,13 @@ def fetch_with_retries(url: str, limits: FetchLimits, retries: int) -> bytes:
     return fetch(url, limits)
 
 
-def is_private_host(url: str) -> bool:
-    """Whether the host of `url` is written as a loopback, private or otherwise not global address. A URL that cannot be parsed counts as such."""
-    try:
-        host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
-    except ValueError:
-        return True
-    if host in ("", "localhost") or host.endswith((".localhost", ".local", ".internal")):
-        return True
-    try:
-        return not ipaddress.ip_address(host).is_global
-    except ValueError:
-        return False
-
-
-def _read(response: http.client.HTTPResponse, limits: FetchLimits, deadline: float) -> bytes:
+def _read(response: http.client.HTTPResponse, limits: FetchLimits) -> bytes:
     if limits.refuses(response.headers):
         raise FetchError("refused by robots tag")
-    stated = int(response.headers.get("Content-Length") or 0)
+    length = response.headers.get("Content-Length") or "0"
+    if not (length.isascii() and length.isdecimal()):
+        raise FetchError("bad response")
+    stated = int(length)
     if stated > limits.max_bytes:
         raise FetchError("file too large")
     body = io.BytesIO()
@@ -98,8 +88,6 @@ def _read(response: http.client.HTTPResponse, limits: FetchLimits, deadline: flo
         body.write(block)
         if body.tell() > limits.max_bytes:
             raise FetchError("file too large")
-        if time.monotonic() > deadline:
-            raise FetchError("timeout", may_pass=True)
     if body.tell() < stated:
         raise FetchError("connection", "broken", may_pass=True)
     if body.tell() == 0:
@@ -109,6 +97,8 @@ def _read(response: http.client.HTTPResponse, limits: FetchLimits, deadline: flo
 
 def _explained(error: object) -> FetchError:  # noqa: PLR0911 - a table of causes
     match error:
+        case PrivateAddressError():
+            return FetchError("private address")
         case TimeoutError():
             return FetchError("timeout", may_pass=True)
         case socket.gaierror():
@@ -127,52 +117,85 @@ def _explained(error: object) -> FetchError:  # noqa: PLR0911 - a table of cause
             return FetchError("bad response")
 
 
-def _check_peer(sock: socket.socket, host: str) -> None:
-    # After the connection and before a byte is sent: a name may resolve, and a redirect lead, anywhere, and differently each time it is asked.
-    if host in _proxy_hosts():
-        return
-    if not ipaddress.ip_address(str(sock.getpeername()[0]).partition("%")[0]).is_global:
-        raise FetchError("private address")
+class _TimedReader(io.RawIOBase):
+    """A socket's bytes until a deadline. A socket's own timeout is for each call: a peer that sends a byte now and then would never meet it."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
+        self._raw, self._sock, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(remaining(self._deadline))
+        count: int | None = self._raw.readinto(buffer)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
-@functools.cache
-def _proxy_hosts() -> frozenset[str]:
-    return frozenset(urllib.parse.urlsplit(proxy).hostname or "" for proxy in urllib.request.getproxies().values())
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, deadline: float, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline))
 
 
-class _PublicConnection(http.client.HTTPConnection):
-    def connect(self) -> None:
-        super().connect()
-        _check_peer(self.sock, self.host)
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, *arguments: Any, deadline: float, public_only: bool, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.response_class = functools.partial(_Response, deadline=deadline)  # type: ignore[assignment]
+        # The seam by which http.client, also below TLS and through a tunnel, makes its socket.
+        self._create_connection = lambda peer, *_: connect(peer[0], peer[1], deadline, public_only=public_only)
 
 
-class _PublicSecureConnection(http.client.HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        _check_peer(self.sock, self.host)
+class _SecureConnection(_Connection, http.client.HTTPSConnection):
+    pass
 
 
-class _PublicHandler(urllib.request.HTTPHandler):
+class _Web(urllib.request.AbstractHTTPHandler):
+    """http and https, every request, redirected ones too, under the same rules and to the same deadline."""
+
+    def __init__(self, deadline: float, public_only: bool) -> None:
+        super().__init__()
+        self._deadline, self._public_only = deadline, public_only
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        if self._public_only and is_private_host(request.full_url):
+            raise FetchError("private address")
+        prepared: urllib.request.Request = self.do_request_(request)
+        return prepared
+
+    https_request = http_request
+
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicConnection, req)
+        return self.do_open(_Connection, req, **self._rules(req))  # type: ignore[arg-type]
 
-
-class _PublicSecureHandler(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicSecureConnection, req)
+        return self.do_open(_SecureConnection, req, context=_tls(), **self._rules(req))  # type: ignore[arg-type]
+
+    def _rules(self, request: urllib.request.Request) -> dict[str, Any]:
+        proxied = request.has_proxy() or getattr(request, "_tunnel_host", None) is not None  # the proxy may well be on the private network
+        return {"deadline": self._deadline, "public_only": self._public_only and not proxied}
 
 
 @functools.cache
-def _opener(allow_private: bool) -> urllib.request.OpenerDirector:
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _opener(deadline: float, *, public_only: bool) -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()  # not build_opener: it would open file: and ftp: addresses too
-    web = (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()) if allow_private else (_PublicHandler(), _PublicSecureHandler())
-    others = (
+    for handler in (
         urllib.request.ProxyHandler(),
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
-    )
-    for handler in (*others, *web):
+        _Web(deadline, public_only),
+    ):
         opener.add_handler(handler)
     return opener

@@ -36,7 +36,7 @@ class FileEntry(Model):
 
 
 class ImageShards(Model):
-    """Webdataset tar shards (image, caption, JSON of the row) plus `failures.parquet`."""
+    """Webdataset tar shards (image, caption, JSON of the row), the places of the pictures in them, `rows`, `failures` and `statistics`."""
 
     kind: Literal["image_shards"] = "image_shards"
     rows_in_table: int
@@ -49,7 +49,7 @@ class ImageShards(Model):
 
 
 class Measurements(Model):
-    """`measurements-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
+    """`measurements-NNNNN.parquet` and `thumbnails-NNNNN.parquet` for each shard of the images: a row for every picture, in order."""
 
     kind: Literal["measurements"] = "measurements"
     source: Sha256
@@ -59,7 +59,8 @@ class Measurements(Model):
 
 
 class Selection(Model):
-    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict. The pictures stay in the image shards."""
+    """`verdicts.parquet`: every picture's measurements, cleaned caption and verdict; `report.html` and `report.json`. The pictures stay in the image
+    shards."""
 
     kind: Literal["selection"] = "selection"
     source: Sha256
@@ -71,13 +72,19 @@ class Selection(Model):
 
 
 class Latents(Model):
-    """Safetensors shards of latents and text embeddings, `unconditional.safetensors`, and `index.parquet`."""
+    """Safetensors shards of latents and, where precomputed, text embeddings; `unconditional.safetensors`, and `index.parquet`."""
 
     kind: Literal["latents"] = "latents"
     samples: int
     shards: int
     latent_shape: tuple[int, int, int]
     """(C, h, w) of one latent, already multiplied by the teacher's scaling factor."""
+    dropped: dict[str, int] = {}
+    """Selected pictures that were not encoded, by reason."""
+    text: Literal["precomputed", "on_the_fly"] = "precomputed"
+    """Whether the shards hold text embeddings, or the teacher's text encoders make them of the captions when they are needed."""
+    captions: int = 0
+    """Distinct captions; each is encoded and stored once."""
     text_tokens: int
     text_features: int
     teacher: Sha256

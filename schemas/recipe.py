@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, gt, lt
 from typing import Annotated
 
 from schemas.base import Field, Mistake, Model, NotIdentity
@@ -55,10 +55,26 @@ def _ingest_drops_no_more_by_size(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _ingest_drops_no_more_by_score(recipe: Recipe) -> Iterator[Mistake]:
-    early, late = recipe.ingest.min_aesthetic, recipe.select.min_aesthetic
-    if early is not None and (late is None or early > late):
-        expected = f"would drop rows that select keeps: expected at most select.min_aesthetic = {late}, or null"
-        yield ("ingest", "min_aesthetic"), early, expected
+    for name in ("min_aesthetic", "min_similarity", "max_watermark", "max_unsafe"):
+        early, late = getattr(recipe.ingest, name), getattr(recipe.select, name)
+        side, stricter = ("most", gt) if name.startswith("min") else ("least", lt)
+        if early is not None and (late is None or stricter(early, late)):
+            bound = "null" if late is None else f"at {side} select.{name} = {late}, or null"
+            yield ("ingest", name), early, f"would drop rows that select keeps: expected {bound}"
+
+
+def _ingest_drops_no_more_labels(recipe: Recipe) -> Iterator[Mistake]:
+    kept = {label.upper() for label in recipe.ingest.drop_nsfw} - set(recipe.select.drop_nsfw)
+    if kept:
+        expected = f"would drop rows that select keeps: expected none but those of select.drop_nsfw = {list(recipe.select.drop_nsfw)}"
+        yield ("ingest", "drop_nsfw"), list(recipe.ingest.drop_nsfw), expected
+
+
+def _similarity_has_a_source(recipe: Recipe) -> Iterator[Mistake]:
+    threshold = recipe.select.min_similarity
+    if threshold is not None and not recipe.ingest.columns.similarity:
+        expected = "every picture would pass, for the table has no such column: expected names in ingest.columns.similarity, or null here"
+        yield ("select", "min_similarity"), threshold, expected
 
 
 def _batch_divides(path: str, recipe: Recipe) -> Iterator[Mistake]:
@@ -111,6 +127,8 @@ Recipe.cross_checks = (
     _aesthetic_has_a_source,
     _ingest_drops_no_more_by_size,
     _ingest_drops_no_more_by_score,
+    _ingest_drops_no_more_labels,
+    _similarity_has_a_source,
     *(partial(_batch_divides, path) for path in _TRAINING),
     *(partial(_warmup_ends, path) for path in _TRAINING),
     _links_add_up,

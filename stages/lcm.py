@@ -36,7 +36,7 @@ def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     """Train a LoRA that makes its base a latent consistency model, and publish it."""
     check_teacher(inputs.teacher, inputs.latents)
     seed = workspace.seed if config.seed is None else config.seed
-    latents = LatentSet.open(inputs.latents, workspace)
+    latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
     base = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device).denoiser()
     unet = base.unet
     add_lora(unet, config.lora_rank, config.lora_alpha, seed=derive_seed(seed, "lora"))

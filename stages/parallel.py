@@ -4,13 +4,18 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import TypeVar
+from multiprocessing.sharedctypes import Synchronized
+from typing import Final, TypeVar
 
 from schemas.errors import RunFailed
+
+_AHEAD: Final = 3
+"""Items of `stream_processes` begun ahead for each process, so that none waits while the caller keeps a result or fetches an item."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,13 +31,59 @@ def map_processes(function: Callable[[Item], Result], items: Sequence[Item], pro
     if workers <= 1:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=belong_to_parent)
+    pool = _pool(workers)
     try:
         yield from pool.map(function, items)
     except BrokenProcessPool as error:
-        raise RunFailed(f"a worker process died while running {function}: was it killed for want of memory? Try fewer processes") from error
+        raise _died(function) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def stream_processes(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, `function(item)`) in order, like `map_processes`, taking items one by one as processes come free: they may be without end."""
+    if processes <= 1:
+        yield from ((item, function(item)) for item in items)
+        return
+    pool = _pool(processes)
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > _AHEAD * processes:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    except BrokenProcessPool as error:
+        raise _died(function) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(context.Value("i", 0),))
+
+
+def _died(function: Callable[..., object]) -> RunFailed:
+    return RunFailed(f"a worker process died while running {function}: was it killed for want of memory? Try fewer processes")
+
+
+def worker_rank() -> int:
+    """Which of a map's processes this is, from 0 on; 0 in a process that is none. Tells each its own device."""
+    return _rank
+
+
+_rank = 0
+
+
+def _begin(started: "Synchronized[int]") -> None:
+    global _rank  # noqa: PLW0603 - a process has one
+    with started.get_lock():
+        _rank = started.value
+        started.value += 1
+    belong_to_parent()
 
 
 def belong_to_parent() -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS: Final = 128_000_000
@@ -18,6 +20,7 @@ MAX_PIXELS: Final = 128_000_000
 
 _EXTENSIONS: Final = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _OPENED: Final = ("JPEG", "PNG", "WEBP")
+_LUMA_APART: Final = ("JPEG", "MPO")
 _ORIENTATION_TAG: Final = 0x0112
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -69,8 +72,7 @@ def inspect_picture(data: bytes) -> PictureFacts:
         animated = _is_animated(image)
         orientation = _orientation(image)
         image.load()
-    if orientation in _SWAPS_SIDES:
-        width, height = height, width
+    width, height = upright_size((width, height), orientation)
     return PictureFacts(_EXTENSIONS[str(image.format)], width, height, animated, hashlib.sha256(data).hexdigest())
 
 
@@ -84,8 +86,47 @@ def decode_rgb(data: bytes) -> tuple[Image.Image, bool]:
         animated = _is_animated(image)
         orientation = _orientation(image)
         image.load()
-        rgb = _to_rgb(image)
-        return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), animated
+        return upright(_to_rgb(image), orientation), animated
+
+
+def decode_luma(data: bytes) -> tuple[NDArray[np.uint8], int, bool]:
+    """Return the luma (H, W) as it is stored, not upright; its orientation, for `upright`; and whether the picture is animated.
+
+    Of a JPEG only the luma is decoded, which takes two thirds of the time; of anything else it is that of `decode_rgb`. Not to be written to. Raises
+    `BrokenPictureError`.
+    """
+    with _decoding():
+        image = _open(data)
+        animated = _is_animated(image)
+        orientation = _orientation(image)
+        if image.format in _LUMA_APART:
+            image.draft("L", image.size)
+        image.load()
+        return pixels_of(image if image.mode == "L" else _to_rgb(image).convert("L")), orientation, animated
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn or mirror a picture by its orientation tag."""
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Width and height after `upright`."""
+    return (size[1], size[0]) if orientation in _SWAPS_SIDES else size
+
+
+def pixels_of(grey: Image.Image) -> NDArray[np.uint8]:
+    """The pixels (H, W) of a picture of mode L, not to be written to: not copied where Pillow can lend them."""
+    try:
+        lent: NDArray[np.uint8] = pa.array(grey).to_numpy()
+    except ValueError:  # the picture lies in several blocks
+        return np.asarray(grey)
+    return lent.reshape(grey.height, grey.width)
+
+
+def use_whole_blocks() -> None:
+    """Let Pillow make every picture from now on in one block, so that `pixels_of` need not copy a large one."""
+    Image.core.set_use_block_allocator(1)  # type: ignore[attr-defined]  # documented, but not declared
 
 
 @contextmanager
@@ -140,4 +181,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # not copied

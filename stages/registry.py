@@ -59,12 +59,12 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("ingest", IngestConfig, ("image_shards",), "stages.ingest"),
+        Stage("ingest", IngestConfig, ("image_shards",), "stages.ingest", revision=2),
         Stage("measure", MeasureConfig, ("measurements",), "stages.measure"),
         Stage("select", SelectConfig, ("selection",), "stages.select", revision=2),
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
-        Stage("encode", EncodeConfig, ("latents",), "stages.encode"),
+        Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning"),
         Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm"),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),

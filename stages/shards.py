@@ -3,13 +3,14 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from schemas.base import canonical_json
 from schemas.errors import CorruptArtifact
+from schemas.manifest import ImageShards, Manifest
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Sample:
     """The file as downloaded."""
     caption: str
     row: Mapping[str, Any]
-    """What is known of it: `url`, `width`, `height` (pixels, upright), `aesthetic` (or None), `sha256`."""
+    """What is known of it: `url`, `width`, `height` (pixels, upright) and `sha256`; null where the table has none: `aesthetic`, `similarity`,
+    `watermark`, `unsafe`, `nsfw`."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,6 @@ class Place:
     shard: Path
     members: Mapping[str, tuple[int, int]]
     """Offset and size in bytes by extension."""
-    caption: str | None = None
-    """A caption that takes the place of the stored one."""
 
     def read(self) -> Sample:
         """Read the sample. Raises `CorruptArtifact` where the shard is shorter than its directory says."""
@@ -46,13 +46,18 @@ class Place:
                 parts[extension] = stream.read(size)
                 if len(parts[extension]) != size:
                     raise CorruptArtifact(f"{self.shard}: {self.key}.{extension} is cut short")
-        caption = parts["txt"].decode() if self.caption is None else self.caption
-        return Sample(self.key, self.extension, parts[self.extension], caption, json.loads(parts["json"]))
+        return Sample(self.key, self.extension, parts[self.extension], parts["txt"].decode(), json.loads(parts["json"]))
 
 
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of an `image_shards` folder, in order."""
     return sorted(folder.glob("shard-*.tar"), key=lambda path: (len(path.name), path.name))
+
+
+def shard_names(images: Manifest[ImageShards]) -> list[str]:
+    """Names of the shards of an artifact, in order, without fetching one."""
+    names = [entry.path for entry in images.files if entry.path.startswith("shard-") and entry.path.endswith(".tar")]
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def index_shard(path: Path) -> list[Place]:
@@ -116,10 +121,3 @@ class ShardWriter:
         if self._tar is not None:
             self._tar.close()
             self._tar = None
-
-
-def move_shards(sources: Sequence[Path], folder: Path, first: int) -> int:
-    """Rename shards into `folder`, numbered from `first` on; return the next number."""
-    for number, source in enumerate(sources, first):
-        source.replace(folder / f"shard-{number:05d}.tar")
-    return first + len(sources)

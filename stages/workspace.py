@@ -46,15 +46,27 @@ class Workspace:
         """Return a local folder with the artifact's files (all, or those named), verified. Read only."""
         return self.store.fetch(manifest, paths)
 
-    def publish(self, folder: Path, content: C) -> Manifest[C]:
-        """Make the artifact exist: upload every file of `folder`, manifest last. Another writer's finished artifact is adopted."""
+    def release(self, manifest: Manifest[Any], paths: Sequence[str] | None = None) -> None:
+        """Say that fetched files (all of the artifact, or those named) are done with, so that they may leave this machine's disk."""
+        self.store.release(manifest, paths)
+
+    def read_range(self, manifest: Manifest[Any], path: str, start: int, stop: int) -> bytes:
+        """Read bytes `start..stop-1` of a file where it lies, unverified."""
+        return self.store.read_range(manifest, path, start, stop)
+
+    def publish(self, folder: Path, content: C, kept: Mapping[str, tuple[Part, str]] | None = None) -> Manifest[C]:
+        """Make the artifact exist: upload every file of `folder`, manifest last. Another writer's finished artifact is adopted.
+
+        `kept` adds files of finished pieces, by their path in the artifact (the piece, the path in it), without bringing them here. Of several
+        processes only the first publishes; the others wait for it.
+        """
         if not self.parallel.leads:
             self.parallel.wait()
             published = self.store.find(self.identity)
             assert published is not None, "the first process has published it"
             return published  # type: ignore[return-value]
         lineage = self.lineage.model_copy(update={"cost": measured_cost(self.started), "finished_at": datetime.now(UTC)})
-        manifest: Any = self.store.publish(folder, identity=self.identity, content=content, lineage=lineage)  # type: ignore[arg-type]
+        manifest: Any = self.store.publish(folder, identity=self.identity, content=content, lineage=lineage, kept=kept)  # type: ignore[arg-type]
         self.parallel.wait()
         return manifest  # type: ignore[no-any-return]
 
@@ -77,10 +89,13 @@ class Workspace:
         """Complete pieces that this run or a killed one before it has kept, sorted by name."""
         return self.store.parts(self.identity)
 
-    def load_part(self, part: Part, destination: Path) -> Path:
-        """Copy a piece into `destination`, verified. A damaged one is removed, so that the next run makes it again; raises `CorruptArtifact`."""
+    def load_part(self, part: Part, destination: Path, paths: Sequence[str] | None = None) -> Path:
+        """Copy a piece (all its files, or those named) into `destination`, verified.
+
+        A damaged one is removed, so that the next run makes it again; raises `CorruptArtifact`.
+        """
         try:
-            return self.store.load_part(self.identity, part, destination)
+            return self.store.load_part(self.identity, part, destination, paths)
         except CorruptArtifact as error:
             self.delete_parts([part.name])
             raise CorruptArtifact(f"{error}\nthis finished piece of an unfinished stage is removed: run the same command again") from error

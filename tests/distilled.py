@@ -1,6 +1,7 @@
 """The artifacts behind an evaluation, made in a second: a random tiny teacher, random students, a few real pictures."""
 
 import copy
+import hashlib
 import io
 import tempfile
 from pathlib import Path
@@ -101,13 +102,18 @@ class Chain:
                 pixels = random.integers(0, 256, (20 + 4 * number, 32, 3), dtype=np.uint8)
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).save(buffer, "PNG")
-                writer.add(Sample(f"{number:06d}", "png", buffer.getvalue(), caption, {"url": f"u{number}"}))
+                data = buffer.getvalue()
+                row = {"url": f"u{number}", "sha256": hashlib.sha256(data).hexdigest()}
+                writer.add(Sample(f"{number:06d}", "png", data, caption, row))
             writer.close()
             content = ImageShards(rows_in_table=9, rows_dropped={"width or height": 1}, images=6, failures={"HTTP 404": 2}, shards=2)
             return self._publish(Path(name), "ingest", "ingest", content)
 
     def _selection(self) -> Any:
-        rows = [{"key": f"{number:06d}", "caption": caption, "passed": True} for number, caption in enumerate(CAPTIONS)]
+        rows = [
+            {"key": f"{number:06d}", "caption": caption, "passed": True, "width": 32, "height": 20 + 4 * number}
+            for number, caption in enumerate(CAPTIONS)
+        ]
         with tempfile.TemporaryDirectory() as name:
             pq.write_table(pa.Table.from_pylist(rows), Path(name) / "verdicts.parquet")
             content = Selection(source=self.images.identity, images_in=6, images=5, dropped={"sharpness": 1})

@@ -520,8 +520,8 @@ CASES = (
     ),
     Case(
         "a flipped byte, met by a stage",
-        lambda b: reading(b, damage(b, flip)),
-        ("is damaged: shard-00001.tar: expected SHA-256", "found", "to have it made again: distill verify", "--remove"),
+        lambda b: reading(b, damage(b, flip, "shard-00000.tar")),  # the first: what is measured before a damaged one is kept
+        ("is damaged: shard-00000.tar: expected SHA-256", "found", "to have it made again: distill verify", "--remove"),
         code=1,
         started=True,
     ),
@@ -572,7 +572,7 @@ def test_the_recipe_of_the_cases_is_right(bench: Bench, capsys: pytest.CaptureFi
     """Else every case would be refused for another reason than its own."""
     from flows.preparation import prepare
 
-    assert len(prepare(bench.recipe(), bench.address).unfinished) == 7
+    assert len(prepare(bench.recipe(), bench.address).unfinished) == 8
     code, output, _ = bench.run(["plan", bench.recipe()], capsys)
     assert code == 0 and "would run" in output
 

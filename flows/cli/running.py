@@ -14,7 +14,7 @@ from infra.progress import Progress, local_progress
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
-from schemas.manifest import Evaluation, Manifest, PublishedModel
+from schemas.manifest import Evaluation, Manifest, PublishedModel, Selection
 from stages.plan import Node
 
 
@@ -100,7 +100,7 @@ def _given(inputs: Sequence[str]) -> dict[str, str]:
 
 
 def print_chain(manifests: Mapping[str, Manifest], made: Collection[str], store: ArtifactStore) -> None:
-    """Write a line a stage run, then where the report and the published model lie on this machine."""
+    """Write a line a stage run, then where the reports and the published model lie on this machine."""
     table = Table("stage", "", "artifact", "kind")
     for name, manifest in manifests.items():
         table.add_row(name, "made" if name in made else "found", manifest.identity[:12], manifest.kind)
@@ -108,5 +108,7 @@ def print_chain(manifests: Mapping[str, Manifest], made: Collection[str], store:
     for manifest in manifests.values():
         if isinstance(manifest.content, Evaluation) and any(entry.path == "report.html" for entry in manifest.files):
             output.print(f"report: {store.fetch(manifest) / 'report.html'}")
+        if isinstance(manifest.content, Selection) and any(entry.path == "report.html" for entry in manifest.files):
+            output.print(f"selection: {store.fetch(manifest, ['report.html']) / 'report.html'}")
         if isinstance(manifest.content, PublishedModel):
             output.print(f"published: {manifest.identity}")

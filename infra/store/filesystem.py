@@ -50,6 +50,9 @@ class Storage(Protocol):
     def upload(self, path: Path, key: str, size: int, sha256: str) -> None:
         """Write or replace an object from a local file. Raises `RunFailed` when the file changed since it was hashed."""
 
+    def copy(self, source: str, target: str) -> None:
+        """Write or replace an object with the bytes of another, which never leave the store. Objects of up to 5 GB, as S3 copies in one call."""
+
     def link(self, key: str, path: Path) -> bool:
         """Make `path` another name of the object without moving bytes, where both are on one file system. False where not possible."""
 

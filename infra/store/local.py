@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -89,6 +90,22 @@ class LocalStorage:
                 )
 
         self._write(key, copy, Path.replace, mode=0o444)  # read-only: fetched files can be further names of this one
+
+    def copy(self, source: str, target: str) -> None:
+        temporary, place = self._temporary(), self._path(target)
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            if not self.link(source, temporary):
+                shutil.copyfile(self._path(source), temporary)
+                temporary.chmod(0o444)
+            _place(temporary, place, Path.replace)
+            _sync_folder(place.parent)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise disk_error(error, place) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def link(self, key: str, path: Path) -> bool:
         try:

@@ -192,6 +192,9 @@ class S3Storage:
             raise _changed(path)
         return sent
 
+    def copy(self, source: str, target: str) -> None:
+        self._call("copy_object", Key=self._key(target), CopySource={"Bucket": self.bucket, "Key": self._key(source)})
+
     def link(self, key: str, path: Path) -> bool:  # noqa: ARG002 - bytes on a store have to be moved
         return False
 

@@ -139,18 +139,29 @@ class ArtifactStore:
         bytes_ = transfer.in_parallel(check, manifest.files, self._workers)
         return list(dict.fromkeys([*sizes, *(found for found in bytes_ if found)]))
 
-    def publish(self, folder: Path, *, identity: str, content: Content, lineage: Lineage) -> Manifest:
+    def publish(
+        self, folder: Path, *, identity: str, content: Content, lineage: Lineage, kept: Mapping[str, tuple[Part, str]] | None = None
+    ) -> Manifest:
         """Make the files below `folder` an artifact: data first, then the manifest, create-only.
+
+        `kept` adds files of finished pieces of this identity, by their path in the artifact (the piece, the path in it): they are copied inside
+        the store, so that an artifact can be larger than the disk of whoever makes it.
 
         Returns the manifest that counts: where another writer was first, theirs. An artifact whose objects went missing is mended.
         Raises `BadInput` for a folder that cannot be published.
         """
         prefix = _prefix(_checked(identity))
-        manifest = Manifest(identity=identity, content=content, files=transfer.scan(folder, self._workers), lineage=lineage)
+        local = transfer.scan(folder, self._workers)
+        moved = {path: (part, _part_file(part, name)) for path, (part, name) in (kept or {}).items()}
+        pieces = [FileEntry(path=path, size=entry.size, sha256=entry.sha256) for path, (_, entry) in moved.items()]
+        files = tuple(sorted([*local, *pieces], key=lambda entry: entry.path))
+        manifest = Manifest(identity=identity, content=content, files=files, lineage=lineage)
         there = self.find(identity)
         if there is not None and self.is_complete(there):
             return self._adopted(there, manifest)
-        transfer.upload_missing(self._storage, folder, prefix, manifest.files, self._workers)
+        transfer.upload_missing(self._storage, folder, prefix, local, self._workers)
+        sources = {path: transfer.object_key(parts.part_prefix(identity, part.name), entry) for path, (part, entry) in moved.items()}
+        transfer.copy_missing(self._storage, sources, prefix, pieces, self._workers)
         if there is not None:
             if self.is_complete(there):
                 logger.warning("artifact %s had lost files; they are there again", identity[:12])
@@ -208,9 +219,17 @@ class ArtifactStore:
         logger.warning("%s in the read cache is damaged: fetching it again", target)
         return False
 
-    def release(self, manifest: Manifest | None = None, paths: Sequence[str] | None = None) -> None:
+    def release(self, manifest: Manifest[Any] | None = None, paths: Sequence[str] | None = None) -> None:
         """Say that this process is done with what it fetched (everything when None), so that the cache may evict it."""
         self._cache.release(None if manifest is None else _cache_name(manifest), paths)
+
+    def read_range(self, manifest: Manifest, path: str, start: int, stop: int) -> bytes:
+        """Read bytes `start..stop-1` of a file, fewer where it ends before, without fetching it. The file's hash is not checked: that would read
+        all of it. Raises `CorruptArtifact` when there is no such object, `BadInput` for a path the artifact does not have."""
+        try:
+            return self._reader(manifest, path)(start, stop)
+        except FileNotFoundError as error:
+            raise CorruptArtifact(f"{self._where(manifest, path)}: no such object", manifest.identity) from error
 
     def read_header(self, manifest: Manifest, path: str) -> dict[str, Any]:
         """Return the JSON header of a safetensors file by a range read. Raises `CorruptArtifact` when it is not one."""
@@ -261,8 +280,10 @@ class ArtifactStore:
         """Return the whole parts, sorted by name; a torn part does not exist."""
         return parts.complete(self._storage, _checked(identity), self._workers)
 
-    def load_part(self, identity: str, part: Part, destination: Path) -> Path:
-        """Bring a part's files below `destination`, verified, as the caller's own. Raises `CorruptArtifact`. Returns `destination`."""
+    def load_part(self, identity: str, part: Part, destination: Path, paths: Sequence[str] | None = None) -> Path:
+        """Bring a part's files (all when None) below `destination`, verified, as the caller's own. Raises `CorruptArtifact`. Returns
+        `destination`."""
+        wanted = part.files if paths is None else tuple(_part_file(part, path) for path in paths)
         prefix = parts.part_prefix(_checked(identity), part.name)
         with ThreadPoolExecutor(self._workers) as pool:
 
@@ -272,7 +293,7 @@ class ArtifactStore:
                 temporary = target.with_name(f".{target.name[:200]}.part")
                 transfer.download(self._storage, prefix, entry, (temporary, target), pool, shared=False)
 
-            transfer.in_parallel(bring, part.files, self._workers)
+            transfer.in_parallel(bring, wanted, self._workers)
         return destination
 
     def delete_parts(self, identity: str, names: Sequence[str] | None = None) -> None:
@@ -309,7 +330,14 @@ def _prefix(identity: Sha256) -> str:
     return f"{ARTIFACTS}/{identity}"
 
 
-def _cache_name(manifest: Manifest) -> str:
+def _part_file(part: Part, path: str) -> FileEntry:
+    found = next((entry for entry in part.files if entry.path == path), None)
+    if found is None:
+        raise BadInput(f"part {part.name} holds no file {path!r}")
+    return found
+
+
+def _cache_name(manifest: Manifest[Any]) -> str:
     # By bytes as well: an identity that was removed and made again elsewhere may hold others.
     return f"{manifest.identity[:16]}-{manifest.files_digest[:16]}"
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -73,6 +73,20 @@ def upload_missing(storage: Storage, folder: Path, prefix: str, entries: Sequenc
             storage.upload(folder / entry.path, key, entry.size, entry.sha256)
 
     in_parallel(send, entries, workers)
+
+
+def copy_missing(storage: Storage, sources: Mapping[str, str], prefix: str, entries: Sequence[FileEntry], workers: int) -> None:
+    """Copy each file's bytes inside the storage, from its key in `sources`; one that is there under the same hash with the same size is left."""
+    if not entries:
+        return
+    there = {info.key: info.size for info in storage.objects(f"{prefix}/files/")}
+
+    def copy(entry: FileEntry) -> None:
+        key = object_key(prefix, entry)
+        if there.get(key) != entry.size:
+            storage.copy(sources[entry.path], key)
+
+    in_parallel(copy, entries, workers)
 
 
 def missing_objects(storage: Storage, prefix: str, entries: Sequence[FileEntry]) -> list[str]:

@@ -1,8 +1,9 @@
 """A teacher: any diffusers pipeline of the SD1.5, SD2.x or SDXL type, with its own rules for text, latents and time ids."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import diffusers
 import torch
@@ -17,6 +18,13 @@ from stages.diffusion.prediction import prediction_type
 from stages.diffusion.schedule import NoiseSchedule
 
 __all__ = ["TeacherFacts", "TeacherPipeline", "inspect"]
+
+Part = Literal["unet", "vae", "text"]
+"""Networks of a pipeline; `text` is one or two encoders."""
+PARTS: frozenset[Part] = frozenset({"unet", "vae", "text"})
+
+# Captions of the web are often longer than a tokenizer's 77: that they are cut is how such teachers were trained, and no news a line each.
+logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 _DECODED_PIXELS = 2**20
 """Pixels decoded at once: the VAE of SDXL in float32 needs about 6 GB for one image of 1024 x 1024."""
@@ -41,8 +49,9 @@ class TeacherPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype | None = None,
+        only: frozenset[Part] = PARTS,
     ) -> Self:
-        """Load a pipeline folder; nothing is downloaded and no code of the folder is run.
+        """Load a pipeline folder, or `only` some of its networks; nothing is downloaded and no code of the folder is run.
 
         The VAE is of `vae_dtype`; where that is None of `dtype`, or of float32 where `dtype` is float16 and the VAE's configuration says
         `force_upcast` (SDXL's overflows in half precision). Raises `BadInput` for what
@@ -52,12 +61,16 @@ class TeacherPipeline:
         parts: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
         if "text_encoder_2" not in components(folder):
             parts |= {"safety_checker": None, "requires_safety_checker": False}
-        parts["unet"] = _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
+        parts |= {name: None for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in components(folder)}
+        if "unet" in only:
+            parts["unet"] = _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
         force_upcast = read_config(folder, "vae").get("force_upcast", True)
         vae_dtype = vae_dtype or (torch.float32 if dtype == torch.float16 and force_upcast else dtype)
-        parts["vae"] = _load(diffusers.AutoencoderKL, folder / "vae", vae_dtype)
-        parts["text_encoder"] = _load(transformers.CLIPTextModel, folder / "text_encoder", dtype)
-        if "text_encoder_2" in components(folder):
+        if "vae" in only:
+            parts["vae"] = _load(diffusers.AutoencoderKL, folder / "vae", vae_dtype)
+        if "text" in only:
+            parts["text_encoder"] = _load(transformers.CLIPTextModel, folder / "text_encoder", dtype)
+        if "text" in only and "text_encoder_2" in components(folder):
             parts["text_encoder_2"] = _load(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", dtype)
         pipeline = getattr(diffusers, facts.architecture).from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts)
         pipeline.set_progress_bar_config(disable=True)
@@ -116,17 +129,17 @@ class TeacherPipeline:
     @property
     def micro_conditioned(self) -> bool:
         """Whether the UNet takes pooled text and time ids (SDXL)."""
-        return bool(self.unet.config.addition_embed_type == "text_time")
+        return self.architecture == "StableDiffusionXLPipeline"  # `inspect` has checked that the UNet agrees
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return torch.device(self.unet.device)
+        return torch.device(self._pipeline.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the UNet and the text encoders."""
-        dtype: torch.dtype = self.unet.dtype
+        dtype: torch.dtype = (self.unet or self.text_encoders[0]).dtype
         return dtype
 
     def denoiser(self) -> UNetDenoiser:
@@ -174,8 +187,10 @@ class TeacherPipeline:
         return self.encode_prompts(prompts).with_time_ids(self.time_ids(batch=len(prompts)))
 
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor, at_once: int | None = None) -> Tensor:
         """Latents (B, C, h, w) float32 of pixels (B, 3, H, W) in -1..1: the posterior's mean times the scaling factor, without randomness.
+
+        `at_once` pictures go through the VAE together; None: 2**20 pixels.
 
         Raises `BadInput` when H or W is no multiple of the VAE's downscale factor.
         """
@@ -183,7 +198,7 @@ class TeacherPipeline:
             raise BadInput(f"pixels {tuple(pixels.shape)}: expected (B, 3, H, W) with H and W multiples of {self.downscale}")
         parts = [
             self.vae.encode(part.to(self.device, self._vae_dtype)).latent_dist.mean.float()
-            for part in torch.split(pixels, _images_at_once(pixels.shape[2] * pixels.shape[3]))
+            for part in torch.split(pixels, at_once or _images_at_once(pixels.shape[2] * pixels.shape[3]))
         ]
         return torch.cat(parts) * self.scaling_factor
 

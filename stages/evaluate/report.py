@@ -1,20 +1,19 @@
 """The report: one HTML file that asks nothing of any server, the same bytes for the same figures."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from PIL import Image
 
-from stages.evaluate.charts import Series, line_chart, swatch
 from stages.evaluate.curves import Curve
 from stages.evaluate.grid import Group, Pixels, thumbnail
-from stages.evaluate.summary import figure, plural
+from stages.evaluate.summary import figure
+from stages.reports.charts import Series, line_chart, swatch
+from stages.reports.page import data_uri, funnel, page_environment, plural
 
 _COLOURS = 6
 _EXACT_PX = 128
@@ -32,14 +31,8 @@ class GridPictures:
 
 def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mapping[str, Sequence[Curve]]) -> str:
     """Return the page. `summary` is what `report.json` holds; `curves` are by student."""
-    environment = Environment(
-        loader=PackageLoader("stages.evaluate", "."),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"figure": figure, "plural": plural, "grouped": lambda number: f"{number:,}".replace(",", "\u202f")}
+    environment = page_environment("stages.evaluate")
+    environment.filters |= {"figure": figure}
     families = list(dict.fromkeys(row["family"] for row in summary["rows"]))
     slots = {family: number % _COLOURS for number, family in enumerate(families)}
     return environment.get_template("report.html.j2").render(
@@ -52,7 +45,7 @@ def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mappin
         tiles=_tiles(summary),
         grid=_grid(grid),
         curves=[(name, _curve(name, lines)) for name, lines in curves.items() if lines],
-        funnel=_funnel(summary["funnel"]),
+        funnel=funnel(summary["funnel"]),
         config=yaml.safe_dump({"evaluate": summary["config"]}, sort_keys=False, allow_unicode=True),
     )
 
@@ -109,29 +102,20 @@ def _curve(name: str, curves: Sequence[Curve]) -> Markup:
     )
 
 
-def _funnel(stations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    most = max((station["count"] for station in stations), default=0) or 1
-    return [
-        {**station, "percent": f"{100 * station['count'] / most:.1f}", "lost_total": sum(station["lost"].values())} for station in stations
-    ]
-
-
 def _grid(grid: GridPictures) -> dict[str, Any]:
     columns = [
-        {"family": row.family, "steps": group.steps, "first": number == 0, "images": [data_uri(picture) for picture in pictures]}
+        {"family": row.family, "steps": group.steps, "first": number == 0, "images": [picture_uri(picture) for picture in pictures]}
         for group, group_pictures in zip(grid.groups, grid.pictures, strict=True)
         for number, (row, pictures) in enumerate(zip(group.rows, group_pictures, strict=True))
     ]
     return {"prompts": grid.prompts, "groups": [(group.steps, len(group.rows)) for group in grid.groups], "columns": columns}
 
 
-def data_uri(pixels: Pixels) -> str:
+def picture_uri(pixels: Pixels) -> str:
     """A picture as a data URI: small ones exact, as PNG; large ones as 256 px WebP, so that a report stays below a few megabytes."""
     buffer = io.BytesIO()
     if max(pixels.shape[:2]) <= _EXACT_PX:
         Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        thumbnail(pixels).save(buffer, "WEBP", quality=86, method=6)
-        kind = "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        return data_uri(buffer.getvalue(), "png")
+    thumbnail(pixels).save(buffer, "WEBP", quality=86, method=6)
+    return data_uri(buffer.getvalue(), "webp")

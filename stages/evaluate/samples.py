@@ -21,7 +21,7 @@ from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import Row
 from stages.evaluate.schedulers import checked_scheduler
 from stages.pictures import decode_rgb
-from stages.shards import Place, Sample, ShardWriter, read_samples, shard_paths
+from stages.shards import Sample, ShardWriter, read_samples, shard_paths
 
 Pixels = NDArray[np.uint8]
 
@@ -141,10 +141,10 @@ def square(picture: Image.Image, side: int) -> Image.Image:
     return cropped if short == side else cropped.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def real_pictures(places: Iterable[Place], side: int) -> Iterator[Pixels]:
+def real_pictures(samples: Iterable[Sample], side: int) -> Iterator[Pixels]:
     """Pictures as squares of `side` pixels, in order."""
-    for place in places:
-        yield np.asarray(square(decode_rgb(place.read().image)[0], side))
+    for stored in samples:
+        yield np.asarray(square(decode_rgb(stored.image)[0], side))
 
 
 def _png(pixels: Pixels) -> bytes:

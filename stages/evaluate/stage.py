@@ -32,7 +32,7 @@ from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
 from stages.evaluate.summary import Measured, Scores, Sources, summarise
-from stages.selected import selected_places
+from stages.selected import SelectedPictures
 from stages.students import load_student
 from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
@@ -99,7 +99,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             _free(workspace.device)
         sample_row(reference, pipeline.denoiser, other_noise, pieces, folder / "samples" / reference.slug)
         of_teacher = _features(reference.slug, functools.partial(read_pictures, folder / "samples" / reference.slug), measure, pieces)
-        chosen = selected_places(inputs.images, inputs.selection, workspace)
+        chosen = SelectedPictures.open(inputs.images, inputs.selection, workspace)
         real = _features("real", lambda: real_pictures(chosen, pipeline.resolution), measure, pieces)
 
         measured = Measured(

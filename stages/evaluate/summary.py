@@ -10,6 +10,7 @@ from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import TEACHER, Row, StudentManifest
 from stages.registry import stage
+from stages.reports.page import plural
 
 Scores = Mapping[str, Mapping[str, float]]
 """Row name -> metric -> value."""
@@ -184,8 +185,3 @@ def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
 def figure(value: float) -> str:
     """A score as people read it: three significant digits, two decimals at most."""
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 step`, `4 steps`."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")

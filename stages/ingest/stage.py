@@ -1,34 +1,41 @@
-"""The stage `ingest`: URL table to webdataset shards of downloaded pictures, chunk by chunk, each finished chunk kept."""
+"""The stage `ingest`: URL table to webdataset shards of downloaded pictures, chunk by chunk, each finished chunk kept on the store."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.base import Model
 from schemas.data import IngestConfig
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import ImageShards, Manifest
 from schemas.recipe import Recipe
-from stages.ingest.fetch import check_installed
-from stages.ingest.repack import FAILURES_SCHEMA, ROWS_SCHEMA, Chunk, make_chunk
+from stages.ingest.assemble import ShardFacts, assemble
+from stages.ingest.fetch import Downloads, check_installed
+from stages.ingest.repack import Chunk, make_chunk
 from stages.ingest.rules import MetadataFilter
 from stages.ingest.table import ROW_SCHEMA, UrlTable
-from stages.shards import move_shards, shard_paths
 from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_CHUNK: Final = 10_000
-"""Rows fetched by one start of the downloader, which takes seconds, and lost at most to a kill."""
-
 
 class Inputs(Model):
     """`ingest` reads no artifact."""
+
+
+class Statistics(Model):
+    """`statistics.json`: what became of every row. Facts only, no times, so that the file is the same when it is made again."""
+
+    rows_in_table: int
+    rows_dropped: dict[str, int]
+    images: int
+    failures: dict[str, int]
+    img2dataset: Downloads
+    """A file that is fetched and is no picture is a success here."""
+    shards: list[ShardFacts]
+    """In order."""
 
 
 def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
@@ -37,7 +44,7 @@ def preflight(config: IngestConfig, outside: Mapping[str, str], recipe: Recipe) 
     Raises `BadInput` when that is not installed, when the table cannot be read or lacks a column, and when `select` will ask for an aesthetic
     score that neither the table has nor a predictor gives: every picture would be downloaded to be dropped.
     """
-    check_installed()
+    check_installed(config)
     table = UrlTable(outside["table"], config.columns)
     next(table.batches(), None)
     bound = recipe.select.min_aesthetic
@@ -56,33 +63,48 @@ def run(config: IngestConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
     """
     table = UrlTable(workspace.outside["table"], config.columns)
     metadata = MetadataFilter(config)
-    size = config.shard_images * max(1, ROWS_PER_CHUNK // config.shard_images)
     kept = {part.name: Chunk.model_validate(part.note) for part in workspace.parts()}
-    done: list[Chunk] = []
-    for number, rows in enumerate(_chunks(metadata.passing(table.batches()), size)):
-        name = f"chunk-{number:05d}"
-        done.append(kept[name] if name in kept else _fetch_chunk(config, workspace, name, rows, done))
-        workspace.progress.update(
-            metadata.seen, max(table.rows or 0, metadata.seen), "rows", {"images": sum(chunk.images for chunk in done)}
-        )
+    done: dict[str, Chunk] = {}
+    for number, rows in enumerate(_chunks(metadata.passing(table.batches()), config.chunk_rows)):
+        name = chunk_name(number * config.chunk_rows, rows.num_rows)
+        done[name] = kept[name] if name in kept else _fetch_chunk(config, workspace, name, rows, list(done.values()))
+        images = sum(chunk.images for chunk in done.values())
+        workspace.progress.update(metadata.seen, max(table.rows or 0, metadata.seen), "rows", {"images": images})
     _check_some_passed(metadata, workspace.outside["table"])
-    _check_failures(done, config, final=True)
+    chunks = list(done.values())
+    _check_failures(chunks, config, final=True)
     with workspace.folder("image-shards") as folder:
-        shards = _assemble(workspace, folder, len(done))
+        shards = assemble(workspace, folder, list(done), config.shard_images)
         content = ImageShards(
             rows_in_table=metadata.seen,
             rows_dropped=metadata.counts(),
-            images=sum(chunk.images for chunk in done),
-            failures=_failures(done),
+            images=sum(chunk.images for chunk in chunks),
+            failures=_failures(chunks),
+            shards=len(shards),
+        )
+        downloads = sum((chunk.downloads for chunk in chunks), Downloads())
+        statistics = Statistics(
+            rows_in_table=content.rows_in_table,
+            rows_dropped=content.rows_dropped,
+            images=content.images,
+            failures=content.failures,
+            img2dataset=downloads,
             shards=shards,
         )
+        (folder / "statistics.json").write_text(statistics.model_dump_json(indent=1) + "\n")
         logger.info("%d rows, %d images; dropped %s; failed %s", metadata.seen, content.images, content.rows_dropped, content.failures)
         return workspace.publish(folder, content)
 
 
+def chunk_name(first: int, rows: int) -> str:
+    """Name of the part that keeps `rows` rows, the first being the `first` that passes: after another `chunk_rows` only equal pieces are found."""
+    return f"chunk-{first:010d}-{rows}"
+
+
 def _fetch_chunk(config: IngestConfig, workspace: Workspace, name: str, rows: pa.Table, before: list[Chunk]) -> Chunk:
+    shared = config.shared_folder and f"{config.shared_folder.rstrip('/')}/{workspace.identity[:16]}-{name}"
     with workspace.folder("download") as scratch, workspace.folder("chunk") as folder:
-        chunk = make_chunk(rows, config, scratch, folder)
+        chunk = make_chunk(rows, config, scratch, folder, shared)
         # A chunk that breaks the limit is not kept: once the network is mended, the same command fetches it again.
         _check_failures([*before, chunk], config, final=False)
         workspace.save_part(name, folder, chunk.model_dump(mode="json"))
@@ -135,20 +157,3 @@ def _failures(chunks: list[Chunk]) -> dict[str, int]:
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))) or "nothing"
-
-
-def _assemble(workspace: Workspace, folder: Path, chunks: int) -> int:
-    """Join the chunks kept as parts: their shards numbered through, their tables one after the other. Returns the number of shards."""
-    shards = 0
-    with (
-        pq.ParquetWriter(folder / "rows.parquet", ROWS_SCHEMA) as rows,
-        pq.ParquetWriter(folder / "failures.parquet", FAILURES_SCHEMA) as failures,
-    ):
-        parts = {part.name: part for part in workspace.parts()}
-        for number in range(chunks):
-            with workspace.folder("part") as place:
-                loaded = workspace.load_part(parts[f"chunk-{number:05d}"], place)
-                shards = move_shards(shard_paths(loaded), folder, shards)
-                rows.write_table(pq.read_table(loaded / "rows.parquet"))
-                failures.write_table(pq.read_table(loaded / "failures.parquet"))
-    return shards

@@ -2,16 +2,19 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from schemas.data import ColumnMap
 from schemas.errors import BadInput
@@ -30,10 +33,14 @@ ROW_SCHEMA: Final = pa.schema(
         ("width", pa.float64()),  # as stated; null where the table does not say
         ("height", pa.float64()),
         ("aesthetic", pa.float64()),
+        ("similarity", pa.float64()),
+        ("watermark", pa.float64()),
+        ("unsafe", pa.float64()),
+        ("nsfw", pa.string()),
     ]
 )
-_TEXT: Final = ("url", "caption")
-_NUMBERS: Final = ("width", "height", "aesthetic")
+_NEEDED: Final = ("url", "caption")
+_LABEL: Final = "nsfw"
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,12 @@ class _Columns:
     def find(cls, available: list[str], wanted: ColumnMap, file: str) -> "_Columns":
         by_lower = {name.lower(): name for name in reversed(available)}
         names: dict[str, str] = {}
-        for field in (*_TEXT, *_NUMBERS):
+        for field in ROW_SCHEMA.names[1:]:
             candidates: tuple[str, ...] = getattr(wanted, field)
             found = next((by_lower[name.lower()] for name in candidates if name.lower() in by_lower), None)
             if found is not None:
                 names[field] = found
-            elif field in _TEXT:
+            elif field in _NEEDED:
                 raise BadInput(
                     f"ingest.table {file}: no column for the {field}; found {', '.join(available) or 'none'}; "
                     f"expected one of {', '.join(candidates) or '(no names given)'} (recipe: ingest.columns.{field})"
@@ -81,7 +88,7 @@ class UrlTable:
         """Yield the rows. Raises `BadInput` naming file and column for values that are not what their column should hold, or no rows at all."""
         row = 0
         for file in self._files:
-            for batch in self._parquet_batches(file) if file.endswith(".parquet") else self._csv_batches(file):
+            for batch in _ahead(self._parquet_batches(file) if file.endswith(".parquet") else self._csv_batches(file)):
                 if batch.num_rows:
                     yield self._mapped(batch, row, file)
                     row += batch.num_rows
@@ -126,13 +133,15 @@ class UrlTable:
         return _Columns.find(available, self.columns, file)
 
     def _open(self, file: str) -> AbstractContextManager[Any]:
-        stream: AbstractContextManager[Any] = self._system.open(file, "rb")
+        # Arrow's own file spares a copy through Python's.
+        local = isinstance(self._system, LocalFileSystem)
+        stream: AbstractContextManager[Any] = pa.OSFile(file) if local else self._system.open(file, "rb")
         return stream
 
     def _parquet_batches(self, file: str) -> Iterator[pa.RecordBatch]:
         try:
             with self._open(file) as stream:
-                parquet = pq.ParquetFile(stream)
+                parquet = pq.ParquetFile(stream, pre_buffer=False)  # which keeps every row group in memory until the last
                 names = _Columns.find(parquet.schema_arrow.names, self.columns, file).names
                 yield from parquet.iter_batches(BATCH_ROWS, columns=sorted(set(names.values())))
         except (pa.ArrowException, OSError) as error:
@@ -156,15 +165,44 @@ class UrlTable:
 
     def _mapped(self, batch: pa.RecordBatch, first_row: int, file: str) -> pa.RecordBatch:
         names = _Columns.find(batch.schema.names, self.columns, file).names
-        arrays: list[pa.Array] = [pa.array(range(first_row, first_row + batch.num_rows), pa.int64())]
+        arrays: list[pa.Array] = [pa.array(np.arange(first_row, first_row + batch.num_rows))]
         for field in ROW_SCHEMA.names[1:]:
             wanted = ROW_SCHEMA.field(field).type
             if field not in names:
                 arrays.append(pa.nulls(batch.num_rows, wanted))
                 continue
             column = batch.column(names[field])
+            if field == _LABEL and not _is_text(column.type):
+                raise BadInput(
+                    f"ingest.table {file}: column {names[field]} holds {column.type}, expected labels such as UNLIKELY; a probability belongs to "
+                    "ingest.columns.unsafe, with ingest.columns.nsfw: []"
+                )
             try:
-                arrays.append(pc.cast(column, wanted, safe=field in _TEXT))
+                # Not safe: a number may lose digits, and text that is not UTF-8 is a row's fault, for the rules to count.
+                arrays.append(column if column.type == wanted else pc.cast(column, wanted, safe=False))
             except pa.ArrowException as error:
                 raise BadInput(f"ingest.table {file}: column {names[field]} cannot be read as {wanted} ({error})") from error
         return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
+
+
+def _ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same batches, each read and decoded by a thread while the one before is worked on."""
+    with ThreadPoolExecutor(1, "table") as reader:
+        waiting = reader.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = reader.submit(next, batches, None)
+            yield batch
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    kinds = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_null,
+    )
+    return any(check(kind) for check in kinds)

@@ -39,7 +39,7 @@ def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[An
     """Train the student of one link, or of one phase of it, and publish its UNet or LoRA."""
     check_teacher(inputs.teacher, inputs.latents, inputs.source, inputs.start)
     seed = workspace.seed if config.seed is None else config.seed
-    latents = LatentSet.open(inputs.latents, workspace)
+    latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
     teacher = _frozen(pipeline, inputs.source, workspace)
     start, unet = _student(config, pipeline, teacher, inputs, workspace)

@@ -1,12 +1,13 @@
-"""The stage `measure`: a map over image shards; each one's table is kept as soon as it is made."""
+"""The stage `measure`: a map over image shards; each one's tables are kept as soon as they are made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.outside import local_copy
@@ -15,15 +16,19 @@ from schemas.data import MeasureConfig
 from schemas.errors import BadInput
 from schemas.manifest import ImageShards, Manifest, Measurements
 from schemas.recipe import Recipe
-from stages.measure.pictures import MEASUREMENTS, measure_shard
-from stages.parallel import map_processes
-from stages.shards import index_shard, shard_paths
+from stages.measure.pictures import MEASUREMENTS, Measured, Slice, measure_slice
+from stages.parallel import stream_processes
+from stages.shards import Place, index_shard, shard_names
 from stages.workspace import Workspace
 
-_SCORE_BATCH: Final = 32
+if TYPE_CHECKING:
+    from stages.measure.aesthetic import AestheticPredictor
 
-Scorer = Callable[[pa.Table, Path], pa.Table]
-"""Fills in the missing aesthetic scores of a shard's measurements."""
+THUMBNAILS_PER_GROUP: Final = 64
+"""Rows of a row group, so that one thumbnail can be read without its whole file."""
+SLICE_IMAGES: Final = 64
+"""Pictures that a process measures at a time: seconds of work, and few enough to wait in memory."""
+_SCORE_BATCH: Final = 64
 
 
 class Inputs(Model):
@@ -45,30 +50,67 @@ def preflight(config: MeasureConfig, outside: Mapping[str, str], _recipe: Recipe
 def run(config: MeasureConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Measurements]:
     """Make the artifact `measurements`. With an aesthetic predictor its folder is at `workspace.outside["aesthetic_predictor"]`.
 
-    Raises `BadInput` for a predictor that cannot be loaded. A picture that cannot be decoded is a row that says so, never an error.
+    One shard after the other is fetched, measured by all processes, kept and let go, while the next one is fetched: neither the disk nor the memory
+    need hold more. Raises `BadInput` for a predictor that cannot be loaded. A picture that cannot be decoded is a row that says so, never an error.
     """
-    shards = shard_paths(workspace.fetch(inputs.images))
+    shards = shard_names(inputs.images)
+    predictor = _predictor(config, workspace)
     done = {part.name for part in workspace.parts()}
-    score = _predictor(config, workspace)
     remaining = [number for number in range(len(shards)) if table_name(number) not in done]
-    tables = map_processes(
-        partial(measure_shard, analysis_px=config.analysis_px), [shards[number] for number in remaining], config.processes
+    work = partial(
+        measure_slice,
+        analysis_px=config.analysis_px,
+        thumbnail_px=config.thumbnail_px,
+        predictor_px=None if predictor is None else predictor.image_size,
     )
-    for number, measured in zip(remaining, tables, strict=True):
-        table = score(measured, shards[number]) if score is not None else measured
-        with workspace.folder("part") as folder:
-            pq.write_table(table, folder / f"{table_name(number)}.parquet")
-            workspace.save_part(table_name(number), folder, {"images": table.num_rows})
-        workspace.progress.update(number + 1, len(shards), "shards")
+    processes = min(config.processes, -(-inputs.images.content.images // SLICE_IMAGES))
+    finished: list[Measured] = []
+    for part, measured in stream_processes(work, _slices(inputs.images, shards, remaining, workspace), processes):
+        finished.append(measured if predictor is None else _scored(measured, predictor))
+        if part.last:
+            _keep(workspace, part.shard, finished)
+            workspace.store.release(inputs.images, [shards[part.shard]])
+            workspace.progress.update(part.shard + 1, len(shards), "shards")
+            finished = []
+    return _publish(inputs, workspace, len(shards))
 
+
+def _slices(images: Manifest[ImageShards], shards: Sequence[str], remaining: Sequence[int], workspace: Workspace) -> Iterator[Slice]:
+    """The remaining shards in pieces, each shard fetched while the one before is worked on."""
+
+    def fetch(number: int) -> list[Place]:
+        return index_shard(workspace.fetch(images, [shards[number]]) / shards[number])
+
+    with ThreadPoolExecutor(1, "fetch") as thread:
+        ahead = [thread.submit(fetch, number) for number in remaining[:1]]
+        for position, number in enumerate(remaining):
+            places = ahead.pop().result()
+            ahead += [thread.submit(fetch, following) for following in remaining[position + 1 : position + 2]]
+            starts = range(0, max(1, len(places)), SLICE_IMAGES)
+            for start in starts:
+                yield Slice(number, places[start : start + SLICE_IMAGES], last=start == starts[-1])
+
+
+def _keep(workspace: Workspace, shard: int, measured: Sequence[Measured]) -> None:
+    """Write a shard's two tables and keep them."""
+    with workspace.folder("part") as folder:
+        rows = pa.concat_tables(one.rows for one in measured)
+        pq.write_table(rows, folder / f"{table_name(shard)}.parquet")
+        thumbnails = pa.concat_tables(one.thumbnails for one in measured)
+        pq.write_table(thumbnails, folder / f"{thumbnails_name(shard)}.parquet", row_group_size=THUMBNAILS_PER_GROUP)
+        workspace.save_part(table_name(shard), folder, {"images": rows.num_rows})
+
+
+def _publish(inputs: Inputs, workspace: Workspace, shards: int) -> Manifest[Measurements]:
+    parts = {part.name: part for part in workspace.parts()}
     with workspace.folder("measurements") as folder:
         images = 0
-        for part in workspace.parts():
+        for shard in range(shards):
             with workspace.folder("part") as place:
-                name = f"{part.name}.parquet"
-                (workspace.load_part(part, place) / name).replace(folder / name)
-            images += pq.read_metadata(folder / name).num_rows
-        return workspace.publish(folder, Measurements(source=inputs.images.identity, images=images, shards=len(shards)))
+                for table in workspace.load_part(parts[table_name(shard)], place).iterdir():
+                    table.replace(folder / table.name)
+            images += pq.read_metadata(folder / f"{table_name(shard)}.parquet").num_rows
+        return workspace.publish(folder, Measurements(source=inputs.images.identity, images=images, shards=shards))
 
 
 def table_name(shard: int) -> str:
@@ -76,22 +118,28 @@ def table_name(shard: int) -> str:
     return f"measurements-{shard:05d}"
 
 
-def _predictor(config: MeasureConfig, workspace: Workspace) -> Scorer | None:
+def thumbnails_name(shard: int) -> str:
+    """Name of a shard's table of thumbnails, without suffix."""
+    return f"thumbnails-{shard:05d}"
+
+
+def _predictor(config: MeasureConfig, workspace: Workspace) -> "AestheticPredictor | None":
     """What fills in missing aesthetic scores, when the recipe names a predictor."""
     if config.aesthetic_predictor is None:
         return None
     from stages.measure.aesthetic import AestheticPredictor  # noqa: PLC0415 - torch and CLIP, only where asked for
 
-    predictor = AestheticPredictor.load(local_copy(workspace.outside["aesthetic_predictor"], workspace.scratch), workspace.device)
+    return AestheticPredictor.load(local_copy(workspace.outside["aesthetic_predictor"], workspace.scratch), workspace.device)
 
-    def score(rows: pa.Table, shard: Path) -> pa.Table:
-        wanted = pc.and_(pc.is_null(rows["aesthetic"]), pc.is_null(rows["unreadable"])).to_pylist()
-        places = [place for place, want in zip(index_shard(shard), wanted, strict=True) if want]
-        scores: list[float] = []
-        for start in range(0, len(places), _SCORE_BATCH):
-            scores += predictor.score_samples([place.read() for place in places[start : start + _SCORE_BATCH]])
-        new = iter(scores)
-        filled = [next(new) if want else old for want, old in zip(wanted, rows["aesthetic"].to_pylist(), strict=True)]
-        return rows.set_column(rows.schema.get_field_index("aesthetic"), MEASUREMENTS.field("aesthetic"), pa.array(filled, pa.float64()))
 
-    return score
+def _scored(measured: Measured, predictor: "AestheticPredictor") -> Measured:
+    """Fill in the missing aesthetic scores."""
+    scores = measured.rows["aesthetic"].to_pylist()
+    numbers = list(measured.to_score)
+    for start in range(0, len(numbers), _SCORE_BATCH):
+        batch = numbers[start : start + _SCORE_BATCH]
+        for number, score in zip(batch, predictor.score([measured.to_score[number] for number in batch]), strict=True):
+            scores[number] = score
+    column = measured.rows.schema.get_field_index("aesthetic")
+    rows = measured.rows.set_column(column, MEASUREMENTS.field("aesthetic"), pa.array(scores, pa.float64()))
+    return replace(measured, rows=rows, to_score={})

@@ -9,8 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Manifest
-from stages.evaluate.summary import METRICS, figure, plural
+from stages.evaluate.summary import METRICS, figure
 from stages.publish.variants import TEACHER, Description, Variant
+from stages.reports.page import plural
 
 
 def render_card(config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]) -> str:

@@ -14,8 +14,8 @@ from schemas.teacher import TrainTeacherConfig
 from stages.diffusion.pipeline import inspect
 from stages.encode.crop import centre_crop, crop_pixels
 from stages.pictures import decode_rgb
-from stages.selected import selected_places
-from stages.shards import Place
+from stages.selected import SelectedPictures
+from stages.shards import Sample
 from stages.teacher import weights_digest
 from stages.train_teacher.autoencoder import AutoencoderMethod, encode_all, standardise
 from stages.train_teacher.denoiser import CaptionedLatents, DenoiserMethod
@@ -40,7 +40,7 @@ def run(config: TrainTeacherConfig, inputs: Inputs, workspace: Workspace) -> Man
     Raises `BadInput` when a picture is smaller than `resolution_px`, before training.
     """
     device = torch.device(workspace.device)
-    pictures, captions, time_ids = load_pictures(selected_places(inputs.images, inputs.selection, workspace), config.resolution_px)
+    pictures, captions, time_ids = load_pictures(SelectedPictures.open(inputs.images, inputs.selection, workspace), config.resolution_px)
     tokenizers = build_tokenizers(captions, config.vocabulary_size, config.max_tokens)
 
     with seeded(derive_seed(workspace.seed, "autoencoder")):
@@ -100,7 +100,7 @@ def load_as_float32(path: Path) -> None:
     path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def load_pictures(places: Iterable[Place], side: int) -> tuple[Tensor, list[str], Tensor]:
+def load_pictures(samples: Iterable[Sample], side: int) -> tuple[Tensor, list[str], Tensor]:
     """Read a selection: pictures (N, 3, side, side) uint8, captions, and time ids (N, 6) as SDXL is conditioned on.
 
     Raises `BadInput` naming a picture that would have to be enlarged, or when there are none.
@@ -108,7 +108,7 @@ def load_pictures(places: Iterable[Place], side: int) -> tuple[Tensor, list[str]
     pictures: list[Tensor] = []
     captions: list[str] = []
     time_ids: list[list[float]] = []
-    for sample in (place.read() for place in places):
+    for sample in samples:
         picture, _ = decode_rgb(sample.image)
         if min(picture.size) < side:
             raise BadInput(

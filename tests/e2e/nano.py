@@ -61,7 +61,7 @@ def write_recipe(folder: Path, port: int) -> Path:
             "threads": 8,
         },
         "measure": {"analysis_px": 64, "processes": 1},
-        "select": {"min_side_px": 100, "min_sharpness": 0},
+        "select": {"min_side_px": 100, "min_sharpness": 0, "min_high_frequency": 0, "captions": {"min_characters": 3}},
         "teacher": {"source": str(folder / "teacher")},
         "encode": {"batch_size": 4, "shard_samples": 6},
         "lightning": _TRAINING | {"chain": [8, 4, 2], "ema_decay": 0.9, "optimizer": {"learning_rate": 1e-4}},

@@ -69,6 +69,39 @@ def test_one_stage_after_the_other_without_prefect(chain: ToyChain, capsys: pyte
     assert chain.runs() == []
 
 
+def test_plan_says_what_encode_takes_on_disk(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
+    def cost() -> dict[str, object]:
+        capsys.readouterr()
+        assert distill("plan", chain.recipe_file(), "--json") == 0
+        found: dict[str, object] = json.loads(capsys.readouterr().out)["encode"]
+        return found
+
+    unknown = {"latent_bytes_per_sample": None, "text_bytes_per_sample": None, "samples": None, "precomputed_bytes": None}
+    assert cost().items() >= unknown.items()
+    assert distill("plan", chain.recipe_file()) == 0
+    assert "known once the teacher's configuration files are here" in " ".join(capsys.readouterr().out.split())
+    for name, content in {
+        "unet": {"sample_size": 8}, "vae": {"latent_channels": 4, "block_out_channels": [8, 8]}, "text_encoder": {"hidden_size": 10},
+    }.items():  # fmt: skip
+        (chain.folder / "teacher" / name).mkdir()
+        (chain.folder / "teacher" / name / "config.json").write_text(json.dumps(content))
+    (chain.folder / "teacher" / "tokenizer").mkdir()
+    (chain.folder / "teacher" / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
+    known = {"text": "precomputed", "latent_bytes_per_sample": 4 * 8 * 8 * 4, "text_bytes_per_sample": 77 * 10 * 4, "samples": None}
+    assert cost().items() >= known.items()
+    stages(chain, "ingest", "measure")
+    counted = cost()
+    assert counted["samples_by"] == "measure" and counted["samples_are_a_bound"] is True
+    stages(chain, "select")
+    counted = cost()
+    samples = counted["samples"]
+    assert isinstance(samples, int) and counted["samples_are_a_bound"] is False
+    assert (counted["precomputed_bytes"], counted["on_the_fly_bytes"]) == (samples * (1024 + 3080), samples * 1024)
+    assert distill("plan", chain.recipe_file()) == 0
+    sentence = f"encode: 3.1 KB text + 1.0 KB latents a sample: {samples} samples"
+    assert sentence in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_stage_with_a_given_input_is_another_artifact(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
     stages(chain, "ingest", "measure", "select", "teacher", "encode")
     assert distill("stage", "select", chain.recipe_file(), "--set", "select.min_sharpness=0.9") == 0
@@ -154,7 +187,7 @@ def test_the_schema_is_one_that_editors_take(chain: ToyChain, capsys: pytest.Cap
         (["stage", "encode", "toy.yaml", "--input", "images"], "--input images: expected NAME=ARTIFACT"),
         (
             ["stage", "encode", "toy.yaml", "--input", "pairs=abcdef"],
-            "input 'pairs': is read by nothing here; expected one of images, teacher",
+            "input 'pairs': is read by nothing here; expected one of images, selection, teacher",
         ),
         (["stage", "encode", "toy.yaml", "--input", "selection=abcdef"], "no such artifact"),
         (["show", "xyz"], "expected an identity, or its first 6 or more hex digits"),
@@ -195,7 +228,7 @@ def test_an_input_of_another_kind_is_refused(chain: ToyChain, capsys: pytest.Cap
     teacher = next(manifest for manifest in chain.store.manifests() if manifest.kind == "teacher")
     chain.runs()
     assert distill("stage", "encode", chain.recipe_file(), "--input", f"selection={teacher.identity}") == 2
-    assert "encode: input images is of another kind than the stage reads" in capsys.readouterr().err
+    assert "encode: input selection is of another kind than the stage reads" in capsys.readouterr().err
     assert chain.runs() == []
 
 

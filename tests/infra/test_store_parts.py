@@ -47,6 +47,33 @@ def test_parts_come_back(store: ArtifactStore, write: Write, tmp_path: Path) -> 
     assert keys(store) == []
 
 
+def test_parts_become_files_of_the_artifact_without_leaving_the_store(
+    store: ArtifactStore, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = store.save_part(ID, "shard-00000", write("0", {"data": b"0" * 3000, "index": b"i"}))
+    assert tree(store.load_part(ID, part, tmp_path / "index", ["index"])) == {"index": b"i"}
+    folder = write("rest", {"all": b"all"})
+    kept = {"shards/0": (part, "data")}
+    read = type(store._storage).read
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._storage), "read", lambda storage, key: _refuse() if "/files/" in key else read(storage, key))
+        patch.setattr(type(store._storage), "read_range", _refuse)
+        manifest = store.publish(folder, identity=ID, content=CONTENT, lineage=LINEAGE, kept=kept)
+    store.delete_parts(ID)
+    assert [entry.path for entry in manifest.files] == ["all", "shards/0"]
+    assert store.verify(manifest) == []
+    assert tree(store.fetch(manifest)) == {"all": b"all", "shards/0": b"0" * 3000}
+    assert store.read_range(manifest, "shards/0", 2990, 4000) == b"0" * 10
+    with pytest.raises(BadInput, match="part shard-00000 holds no file 'other'"):
+        store.publish(folder, identity=digest("x"), content=CONTENT, lineage=LINEAGE, kept={"a": (part, "other")})
+    with pytest.raises(BadInput, match="holds no file 'other'"):
+        store.read_range(manifest, "other", 0, 1)
+
+
+def _refuse(*_arguments: object) -> bytes:
+    raise AssertionError("bytes left the store")
+
+
 def test_a_part_saved_again_replaces_the_first(store: ArtifactStore, write: Write, tmp_path: Path) -> None:
     store.save_part(ID, "checkpoint-00000001", write("a", {"a": b"1"}))
     again = store.save_part(ID, "checkpoint-00000001", write("b", {"a": b"2"}))

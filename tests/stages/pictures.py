@@ -33,7 +33,7 @@ def encoded(image: Image.Image, image_format: str = "PNG", **options: Any) -> by
 def sample(number: int, data: bytes, *, caption: str | None = None, **row: Any) -> Sample:
     """A captioned picture with the key of row `number`."""
     known = {"url": f"http://example.org/{number}", "width": 0, "height": 0, "aesthetic": 6.0, "sha256": hashlib.sha256(data).hexdigest()}
-    return Sample(f"{number:010d}", "png", data, caption or f"picture {number}", known | row)
+    return Sample(f"{number:010d}", "png", data, f"picture {number}" if caption is None else caption, known | row)
 
 
 def publish_images(folder: Path, store: ArtifactStore, samples: Iterable[Sample], *, shard_images: int = 4) -> Manifest[ImageShards]:

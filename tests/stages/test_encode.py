@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 
 from infra.store import ArtifactStore
 from schemas.data import EncodeConfig
@@ -145,25 +146,36 @@ def test_killed_it_encodes_only_what_was_left_and_makes_the_same_bytes(
     seen = 0
     encode_images = TeacherPipeline.encode_images
 
-    def counted(self: TeacherPipeline, pixels: torch.Tensor) -> torch.Tensor:
+    def counted(self: TeacherPipeline, pixels: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
         nonlocal seen
         seen += len(pixels)
-        return encode_images(self, pixels)
+        return encode_images(self, pixels, at_once)
 
     monkeypatch.setattr(TeacherPipeline, "encode_images", counted)
     assert hashes(run_job(job.model_copy(update={"die_after_parts": None}))) == hashes(latents)
     assert seen == SAMPLES - CONFIG.shard_samples
 
 
-def test_a_caption_is_encoded_once_a_shard(
-    folder: Path, store: ArtifactStore, chosen: Chosen, teacher: Manifest[Teacher], monkeypatch: pytest.MonkeyPatch
+def test_a_caption_is_encoded_and_stored_once_in_the_whole_set(  # noqa: PLR0917 - fixtures
+    folder: Path,
+    store: ArtifactStore,
+    chosen: Chosen,
+    teacher: Manifest[Teacher],
+    latents: Manifest[Latents],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts: list[str] = []
     encode_prompts = TeacherPipeline.encode_prompts
     monkeypatch.setattr(TeacherPipeline, "encode_prompts", lambda self, texts: prompts.extend(texts) or encode_prompts(self, texts))
-    config = CONFIG.model_copy(update={"shard_samples": 100})
-    run(config, Inputs(**chosen, teacher=teacher), make_workspace(folder, store, identity="one shard"))
+    again = run(CONFIG, Inputs(**chosen, teacher=teacher), make_workspace(folder, store, identity="text once", seed=7))
+    assert hashes(again) == hashes(latents)
     assert sorted(prompts) == [f"picture {i}" for i in range(4)]
+    assert latents.content.shards == 3 and latents.content.captions == 4
+    stored = 0
+    for number in range(3):
+        with safe_open(store.fetch(latents) / f"latents-{number:05d}.safetensors", framework="pt") as file:
+            stored += file.get_slice("prompt_embeds").get_shape()[0] if "prompt_embeds" in file.keys() else 0  # noqa: SIM118
+    assert stored == 4
 
 
 def test_a_teacher_without_pooled_text_and_bfloat16_storage(folder: Path, store: ArtifactStore, chosen: Chosen) -> None:

@@ -17,12 +17,12 @@ from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
 from stages.evaluate import Inputs, run, samples
-from stages.evaluate.charts import Series, line_chart
 from stages.evaluate.curves import read_curves
 from stages.evaluate.features import EXTRACTORS, extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.prompts import assign, read_prompts, seeded_order
 from stages.evaluate.samples import read_pictures, square
+from stages.reports.charts import Series, line_chart
 from stages.shards import read_samples
 from tests.distilled import CAPTIONS, Chain
 from tests.workspaces import make_workspace, open_store

@@ -1,26 +1,30 @@
 """`ingest` against a real web server that misbehaves, with the real img2dataset."""
 
+import hashlib
+import importlib.util
+import json
 import signal
+import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from infra.web import FetchError, FetchLimits, fetch, fetch_with_retries, is_private_host
-from schemas.data import ColumnMap, IngestConfig
+from schemas.data import IngestConfig
 from schemas.errors import BadInput, RunFailed
+from schemas.loading import parse_recipe
 from schemas.manifest import ImageShards, Manifest
-from stages.ingest.rules import MetadataFilter
-from stages.ingest.stage import _chunks
-from stages.ingest.table import ROW_SCHEMA, UrlTable
+from stages.ingest import preflight
+from stages.ingest.fetch import fetch_rows
 from stages.shards import read_samples, shard_paths
+from tests.services import ObjectStore
 from tests.stages.killed import Job, parts_of, run, start
 from tests.stages.pictures import encoded, hashes, noise
 from tests.web import Site, cut_short, serve, slowly, status, with_headers
@@ -28,11 +32,16 @@ from tests.workspaces import open_store
 
 GOOD = 20
 CHUNK = 16
-DROPPED = {"no http url": 1, "empty caption": 1, "resolution": 1, "aesthetic": 1, "duplicate url": 1}
+DROPPED = {
+    "resolution": 1, "aesthetic": 1, "watermark": 1, "unsafe": 1, "nsfw": 1, "no http url": 1, "empty caption": 1, "broken text": 1,
+    "duplicate url": 1,
+}  # fmt: skip
 FAILED = {
     "broken image": 1, "connection": 1, "file too large": 1, "http 404": 1, "http 500": 1, "not an image": 1, "refused by robots tag": 1,
     "timeout": 1, "too many pixels": 1, "unsupported format": 1,
 }  # fmt: skip
+PICTURELESS = ("broken image", "not an image", "too many pixels", "unsupported format")
+"""Fetched well, and of no use."""
 
 
 def bad_pages() -> dict[str, Any]:
@@ -67,25 +76,36 @@ def job(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Job:
         {"URL": site.url("/a"), "TEXT": " \u00a0\n"},
         {"URL": site.url("/b"), "TEXT": "small", "WIDTH": 2000, "HEIGHT": 40},
         {"URL": site.url("/c"), "TEXT": "ugly", "AESTHETIC_SCORE": 5.0},
+        {"URL": site.url("/d"), "TEXT": "stock photo", "pwatermark": 0.8},
+        {"URL": site.url("/e"), "TEXT": "unsafe", "punsafe": 0.5},
+        {"URL": site.url("/f"), "TEXT": "labelled", "NSFW": "nsfw"},
+        {"URL": site.url("/g"), "TEXT": b"not \xff UTF-8"},
         {"URL": site.url("/1"), "TEXT": "again"},
     ]
+    rows[3] |= {"similarity": 0.31, "pwatermark": 0.25, "punsafe": 0.125, "NSFW": "unlikely"}
+    rows[4] |= {"similarity": float("nan"), "pwatermark": float("-inf"), "NSFW": ""}
     unscored = [{"URL": site.url("/0"), "TEXT": "no score", "WIDTH": 60, "HEIGHT": 70}]
     mixed = [row for pair in zip(rows[:10], bad, strict=True) for row in pair] + rows[10:] + dropped + unscored
-    pq.write_table(pa.Table.from_pylist(mixed, TABLE), folder / "table.parquet")
+    octets = pa.schema([field.with_type(pa.binary()) if field.name == "TEXT" else field for field in TABLE])
+    broken = pa.Table.from_pylist(mixed, octets).to_batches()[0]
+    text = pa.StringArray.from_buffers(len(mixed), *broken["TEXT"].buffers()[1:])  # as a careless writer leaves it
+    pq.write_table(pa.table(broken.set_column(1, "TEXT", text)), folder / "table.parquet")
     config = IngestConfig(
         table="table.parquet", min_side_px=40, min_aesthetic=5.0, allow_private_addresses=True, timeout_seconds=2, retries=0, shard_images=8,
-        max_file_bytes=200_000, processes=1, threads=8,
+        max_file_bytes=200_000, chunk_rows=CHUNK, processes=1, threads=8,
     )  # fmt: skip
-    patches = {"stages.ingest.stage:ROWS_PER_CHUNK": CHUNK}
     return Job(
         stage="ingest", config=config.model_dump(mode="json"), outside={"table": str(folder / "table.parquet")}, folder=str(folder),
-        identity="undisturbed", patches=patches,
+        identity="undisturbed",
     )  # fmt: skip
 
 
 TABLE = pa.schema(
-    [("URL", pa.string()), ("TEXT", pa.string()), ("WIDTH", pa.int32()), ("HEIGHT", pa.int32()), ("AESTHETIC_SCORE", pa.float32())]
-)
+    [
+        ("URL", pa.string()), ("TEXT", pa.string()), ("WIDTH", pa.int32()), ("HEIGHT", pa.int32()), ("AESTHETIC_SCORE", pa.float32()),
+        ("similarity", pa.float64()), ("pwatermark", pa.float32()), ("punsafe", pa.float32()), ("NSFW", pa.string()),
+    ]
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +135,11 @@ def test_shards_hold_the_original_bytes_in_the_order_of_the_table(made: Manifest
     folder = open_store(Path(job.folder)).fetch(made)
     samples = [one for shard in shard_paths(folder) for one in read_samples(shard)]
     assert [one.key for one in samples] == sorted(one.key for one in samples)
-    table = pq.read_table(job.outside["table"]).to_pylist()
+    urls = pq.read_table(job.outside["table"], columns=["URL", "AESTHETIC_SCORE"]).to_pylist()
+    captions = [
+        text.decode() if b"\xff" not in text else "" for text in pq.read_table(job.outside["table"])["TEXT"].cast(pa.binary()).to_pylist()
+    ]
+    table = [row | {"TEXT": caption} for row, caption in zip(urls, captions, strict=True)]
     for one in samples:
         source = table[int(one.key)]
         page = site.pages["/" + source["URL"].rsplit("/", 1)[1]]
@@ -125,8 +149,40 @@ def test_shards_hold_the_original_bytes_in_the_order_of_the_table(made: Manifest
         assert (one.row["width"], one.row["height"]) == (60 + number, 70)
         assert one.extension == ("jpg", "png", "webp")[number % 3]
         assert one.row["aesthetic"] == pytest.approx(source["AESTHETIC_SCORE"]) or source["AESTHETIC_SCORE"] is None
+        assert one.row["sha256"] == hashlib.sha256(one.image).hexdigest()
+    scores = {
+        one.row["url"].rsplit("/", 1)[1]: [one.row[name] for name in ("similarity", "watermark", "unsafe", "nsfw")] for one in samples
+    }
+    assert scores["4"] == [0.31, 0.25, 0.125, "UNLIKELY"]
+    assert scores["5"] == [None, None, None, None] == scores["1"]
+    assert [len(list(read_samples(shard))) for shard in shard_paths(folder)] == [8, 8, 4], "full, whatever failed between them"
     with tarfile.open(shard_paths(folder)[0]) as tar:
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
+
+
+@pytest.mark.slow
+def test_img2datasets_statistics_are_kept_without_its_times(made: Manifest, job: Job) -> None:
+    folder = open_store(Path(job.folder)).fetch(made, ["statistics.json"])
+    statistics = json.loads((folder / "statistics.json").read_text())
+    fetched = GOOD + len(PICTURELESS)
+    told = {reason: count for reason, count in FAILED.items() if reason not in PICTURELESS} | {"success": fetched}
+    told |= {"connection: broken": told.pop("connection")}
+    assert statistics["img2dataset"] == {
+        "count": GOOD + sum(FAILED.values()), "successes": fetched, "failed_to_download": sum(FAILED.values()) - len(PICTURELESS),
+        "failed_to_resize": 0, "status_dict": told,
+    }  # fmt: skip
+    assert (statistics["rows_dropped"], statistics["failures"], statistics["images"]) == (DROPPED, FAILED, GOOD)
+    assert [shard["images"] for shard in statistics["shards"]] == [8, 8, 4]
+    samples = [one for shard in shard_paths(open_store(Path(job.folder)).fetch(made)) for one in read_samples(shard)]
+    assert sum(shard["bytes"] for shard in statistics["shards"]) == sum(len(one.image) for one in samples)
+
+
+@pytest.mark.slow
+def test_the_bytes_do_not_depend_on_chunks_processes_or_where_files_pass(made: Manifest, job: Job, tmp_path: Path) -> None:
+    changes = {"chunk_rows": 11, "processes": 2, "threads": 1, "shared_folder": f"file://{tmp_path}/shared"}
+    other = job.model_copy(update={"identity": "other", "config": job.config | changes})
+    assert hashes(run(other)) == hashes(made)
+    assert list((tmp_path / "shared").iterdir()) == []
 
 
 @pytest.mark.slow
@@ -140,7 +196,7 @@ def test_killed_in_the_second_chunk_it_ends_with_the_same_bytes_and_leaves_no_pr
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert parts_of(killed) == ["chunk-00000"]
+    assert parts_of(killed) == ["chunk-0000000000-16"]
     while any(downloaders(job.folder)):
         assert time.monotonic() < deadline, "the downloader outlived its parent"
         time.sleep(0.05)
@@ -165,6 +221,29 @@ def downloaders(folder: str) -> list[int]:
 
 
 @pytest.mark.slow
+def test_the_downloader_refuses_private_addresses_in_its_own_processes(job: Job, site: Site, tmp_path: Path) -> None:
+    site.asked.clear()
+    config = IngestConfig.model_validate(job.config | {"allow_private_addresses": False})
+    rows = pa.table({"row": [0, 1], "url": [site.url("/1"), f"http://localhost:{site.port}/2"]})
+    groups, downloads = fetch_rows(rows, config, tmp_path)
+    assert [one.failure for group in groups for one in group] == ["private address"] * 2
+    assert downloads.status_dict == {"private address": 2}
+    assert site.asked == []
+
+
+@pytest.mark.parametrize("name", ["pyspark", "ray"])
+def test_a_distributor_that_is_not_installed_is_refused_before_anything_runs(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else object())
+    (tmp_path / "t.csv").write_text("url,caption,aesthetic\nhttp://a/1,a,6\n")
+    recipe = parse_recipe({"name": "x", "ingest": {"table": "t.csv", "distributor": name}, "teacher": {"source": "x"}})
+    with pytest.raises(BadInput, match=rf"ingest\.distributor = {name}: the package {name} is not installed.*pip install {name}"):
+        preflight(recipe.ingest, {"table": str(tmp_path / "t.csv")}, recipe)
+
+
+@pytest.mark.slow
 def test_a_run_with_too_many_failures_stops_and_keeps_nothing(job: Job) -> None:
     table = pa.table({"url": [f"http://127.0.0.1:9/{i}" for i in range(3)], "caption": ["a", "b", "c"]})
     path = Path(job.folder) / "dead.parquet"
@@ -175,150 +254,18 @@ def test_a_run_with_too_many_failures_stops_and_keeps_nothing(job: Job) -> None:
     assert parts_of(dead) == []
 
 
-class TestTable:
-    def rows(self, path: Path, columns: ColumnMap | None = None) -> list[dict[str, Any]]:
-        return [row for batch in UrlTable(str(path), columns or ColumnMap()).batches() for row in batch.to_pylist()]
-
-    def test_parquet_folder_in_the_order_of_names(self, tmp_path: Path) -> None:
-        (tmp_path / "b").mkdir()
-        pq.write_table(pa.table({"URL": ["http://x/2"], "TEXT": ["two"], "similarity": [0.3]}), tmp_path / "b" / "2.parquet")
-        pq.write_table(pa.table({"url": ["http://x/1"], "caption": ["one"], "WIDTH": ["640"]}), tmp_path / "1.parquet")
-        (tmp_path / ".hidden.parquet").write_text("rubbish")
-        rows = self.rows(tmp_path)
-        assert [(row["row"], row["url"], row["caption"], row["width"]) for row in rows] == [
-            (0, "http://x/1", "one", 640.0),
-            (1, "http://x/2", "two", None),
-        ]
-
-    def test_csv_with_line_breaks_and_captions_that_look_like_numbers(self, tmp_path: Path) -> None:
-        (tmp_path / "t.csv").write_text('url,TEXT,width,height,aesthetic\nhttp://x/1,12,100,,5.5\nhttp://x/2,"two\nlines, one",,200,\n')
-        rows = self.rows(tmp_path / "t.csv")
-        assert [row["caption"] for row in rows] == ["12", "two\nlines, one"]
-        assert [(row["width"], row["height"], row["aesthetic"]) for row in rows] == [(100.0, None, 5.5), (None, 200.0, None)]
-
-    def test_address_of_any_file_system(self, tmp_path: Path) -> None:
-        pq.write_table(pa.table({"url": ["http://x/1"], "text": ["one"]}), tmp_path / "t.parquet")
-        assert len(list(UrlTable(f"file://{tmp_path}/t.parquet", ColumnMap()).batches())) == 1
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            (
-                {"link": ["http://x"], "caption": ["a"]},
-                r"no column for the url; found link, caption; expected one of url .*ingest\.columns\.url",
-            ),
-            (
-                {"url": ["http://x"], "words": ["a"]},
-                r"no column for the caption; found url, words; expected one of caption, text, top_caption",
-            ),
-            ({"url": [], "caption": []}, r"has no rows"),
-            ({"url": ["http://x"], "caption": ["a"], "width": ["wide"]}, r"column width cannot be read as double"),
-        ],
-    )
-    def test_a_table_that_cannot_serve_is_refused(self, tmp_path: Path, content: dict[str, Any], message: str) -> None:
-        pq.write_table(pa.table(content), tmp_path / "t.parquet")
-        with pytest.raises(BadInput, match=message):
-            self.rows(tmp_path / "t.parquet")
-
-    @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.txt", "folder"])
-    def test_what_is_no_table_is_refused(self, tmp_path: Path, name: str) -> None:
-        path = tmp_path / name
-        path.mkdir() if name == "folder" else path.write_bytes(b"\x00\xffrubbish")
-        with pytest.raises(BadInput, match=str(path)):
-            self.rows(path)
-
-    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match="nothing to read"):
-            self.rows(tmp_path / "nowhere.parquet")
-
-
-class TestMetadata:
-    def kept(self, rows: list[dict[str, Any]], **config: Any) -> tuple[list[str], dict[str, int]]:
-        metadata = MetadataFilter(IngestConfig(table="t", **config))
-        full = [dict.fromkeys(ROW_SCHEMA.names) | {"caption": "a cat"} | row for row in rows]
-        passing = metadata.passing(iter([pa.RecordBatch.from_pylist(full, ROW_SCHEMA)]))
-        return [url for batch in passing for url in batch["url"].to_pylist()], metadata.counts()
-
-    def test_bounds_are_strict_and_missing_figures_pass(self) -> None:
-        rows = [
-            {"url": "http://a/1", "width": 1024, "height": 2000},
-            {"url": "http://a/2", "width": 1025, "height": 1025},
-            {"url": "http://a/3", "width": 500},
-            {"url": "http://a/4", "width": 0, "height": 0},
-            {"url": "http://a/5", "aesthetic": 5.5},
-            {"url": "http://a/6", "aesthetic": 5.51},
-            {"url": "http://a/7", "aesthetic": float("nan")},
-            {"url": "http://a/8"},
-        ]
-        urls, dropped = self.kept(rows)
-        assert [url[-1] for url in urls] == ["2", "4", "6", "7", "8"]
-        assert dropped == {"resolution": 2, "aesthetic": 1}
-        assert len(self.kept(rows, min_aesthetic=None, min_side_px=0)[0]) == 8
-
-    def test_only_public_web_addresses(self) -> None:
-        refused = [
-            "http://localhost/a", "http://127.0.0.1/a", "https://10.1.2.3/a", "http://[::1]:80/a", "http://169.254.169.254/latest", "http://printer.local/",
-            "http://user@192.168.0.1/a", "http://0.0.0.0/",
-        ]  # fmt: skip
-        no_web = ["ftp://example.org/a", "file:///etc/passwd", "example.org/a.png", "", None, "http://", "http://a b/c"]
-        urls, dropped = self.kept([{"url": url} for url in ["HTTPS://Example.org/a", *refused, *no_web]])
-        assert urls == ["HTTPS://Example.org/a"]
-        assert dropped == {"no http url": len(no_web), "private address": len(refused)}
-        assert len(self.kept([{"url": url} for url in refused], allow_private_addresses=True)[0]) == len(refused)
-
-    def test_a_host_that_cannot_be_parsed_is_no_public_one(self) -> None:
-        assert is_private_host("http://[::1/a")
-
-    def test_chunks_do_not_depend_on_batches(self) -> None:
-        rows = pa.table({name: pa.array(range(23)).cast(ROW_SCHEMA.field(name).type) for name in ROW_SCHEMA.names}, schema=ROW_SCHEMA)
-        for size in (1, 4, 7, 23, 50):
-            cut = list(_chunks(iter(rows.to_batches(max_chunksize=size)), 7))
-            assert [chunk.num_rows for chunk in cut] == [7, 7, 7, 2]
-            assert pa.concat_tables(cut).equals(rows)
-
-
-class TestFetch:
-    limits = FetchLimits(timeout=2, max_bytes=1000, allow_private=True)
-
-    def test_redirects_and_names_into_private_networks_are_refused_before_a_byte_is_sent(self, site: Site) -> None:
-        site.asked.clear()
-        for host in ("127.0.0.1", "localhost"):
-            with pytest.raises(FetchError, match="private address"):
-                fetch(f"http://{host}:{site.port}/html", FetchLimits(timeout=2, max_bytes=1000))
-        assert site.asked == []
-
-    def test_redirects_are_followed_to_the_web_only(self, site: Site) -> None:
-        site.pages |= {
-            "/away": status(302, Location="/html"),
-            "/out": status(302, Location="file:///etc/passwd"),
-            "/round": status(302, Location="/round"),
-        }
-        assert fetch(site.url("/away"), self.limits) == site.pages["/html"]
-        for path in ("/out", "/round"):
-            with pytest.raises(FetchError, match="http 302"):
-                fetch(site.url(path), self.limits)
-
-    def test_what_may_pass_is_tried_again_and_what_cannot_is_not(self, site: Site) -> None:
-        answers = iter([status(503), status(503), with_headers(b"at last")])
-
-        def busy(request: BaseHTTPRequestHandler) -> None:
-            next(answers)(request)
-
-        site.pages["/busy"] = busy
-        assert fetch_with_retries(site.url("/busy"), self.limits, retries=2) == b"at last"
-        site.asked.clear()
-        with pytest.raises(FetchError, match="http 404"):
-            fetch_with_retries(site.url("/gone"), self.limits, retries=3)
-        assert site.asked == ["/gone"]
-
-    def test_a_page_that_never_ends_is_cut_at_the_limit(self, site: Site) -> None:
-        site.pages["/endless"] = with_headers(b"x" * 5000)
-        with pytest.raises(FetchError, match="file too large"):
-            fetch(site.url("/endless"), self.limits)
-
-    @pytest.mark.parametrize(
-        ("url", "reason"), [("http://name.invalid/", "dns"), ("http://127.0.0.1:9/", "connection: refused"), ("http://a b/", "bad url")]
-    )
-    def test_reasons(self, url: str, reason: str) -> None:
-        with pytest.raises(FetchError, match=f"^{reason}$"):
-            fetch(url, self.limits)
+@pytest.mark.slow
+@pytest.mark.service
+def test_files_may_pass_through_an_object_store(
+    job: Job, site: Site, tmp_path: Path, seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (seaweedfs.environment | {"AWS_ENDPOINT_URL": seaweedfs.endpoint}).items():
+        monkeypatch.setenv(name, value)
+    rows = pa.table({"row": [0, 1], "url": [site.url("/1"), site.url("/nowhere")]})
+    shared = f"s3://{seaweedfs.bucket}/passing/{tmp_path.name}"
+    system = fsspec.filesystem("s3")
+    system.pipe_file(f"{shared}/downloaded/00000.parquet", b"left by a run that was killed")
+    groups, downloads = fetch_rows(rows, IngestConfig.model_validate(job.config), tmp_path, shared)
+    assert {one.row: one.failure or one.read() for group in groups for one in group} == {0: site.pages["/1"], 1: "http 404"}
+    assert downloads.count == 2
+    assert system.glob(f"{shared}/**/*.*") == []

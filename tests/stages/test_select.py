@@ -1,80 +1,84 @@
-"""`select`: what is measured, who passes, and that no picture of the open web can end it."""
+"""`select`: who passes and why not, judged by measurements alone."""
 
-import io
-from functools import cache
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
-from safetensors.torch import save_file
 
+from infra.demo.table import make_collection
 from infra.store import ArtifactStore
-from schemas.data import SelectConfig
-from schemas.errors import BadInput, CorruptArtifact, RunFailed
-from schemas.manifest import ImageShards, Manifest, Selection
-from stages.measure.pictures import measure
-from stages.measure.sharpness import sharpness
-from stages.pictures import BrokenPictureError, decode_rgb, inspect_picture
+from schemas.base import digest
+from schemas.data import CaptionConfig, CaptionRules, MeasureConfig, SelectConfig
+from schemas.errors import BadInput, RunFailed
+from schemas.loading import load_recipe, read_recipe
+from schemas.manifest import Manifest, Measurements, Selection
+from stages import measure
+from stages.measure.pictures import MEASUREMENTS
 from stages.select import Inputs, run
-from stages.shards import index_shard, read_samples, shard_paths
-from tests.stages.killed import Job, parts_of, run_until_it_dies
-from tests.stages.killed import run as run_job
-from tests.stages.pictures import encoded, hashes, noise, publish_images, sample
+from stages.select.criteria import REASONS, judge
+from tests.stages.measured import publish_measurements, row
+from tests.stages.pictures import hashes, publish_images, sample
 from tests.workspaces import make_workspace, open_store
 
-CONFIG = SelectConfig(min_side_px=64, min_aesthetic=5.5, min_sharpness=0.02, analysis_px=32, shard_images=3, processes=1)
-ORIENTATION = 0x0112
-
-
-def rotated(width: int, height: int) -> bytes:
-    """A JPEG whose tag says that it lies on its side."""
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    return encoded(noise(1, width, height), "JPEG", exif=exif)
-
-
-def smooth(cells: int, size: int) -> Image.Image:
-    """Full contrast and no detail finer than a cell."""
-    return noise(0, cells, cells).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def animation(size: int) -> bytes:
-    frames = [noise(i, size, size) for i in range(3)]
-    return encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
-
-
-def deep(mode: str, size: int) -> bytes:
-    """16 bits a pixel."""
-    values = np.random.default_rng(0).integers(0, 65536, (size, size), dtype=np.uint16)
-    return encoded(Image.fromarray(values).convert(mode))
-
-
-CASES: list[tuple[str, bytes, dict[str, Any], str | None]] = [
-    ("noise", encoded(noise(0, 65, 80)), {}, None),
-    ("short side not above the bound", encoded(noise(0, 64, 800)), {}, "resolution"),
-    ("upright it is tall enough", rotated(100, 65), {}, None),
-    ("score on the bound", encoded(noise(0, 80, 80)), {"aesthetic": 5.5}, "aesthetic"),
-    ("score just above", encoded(noise(0, 80, 80)), {"aesthetic": 5.500001}, None),
-    ("no score", encoded(noise(0, 80, 80)), {"aesthetic": None}, "no aesthetic score"),
-    ("blurred", encoded(smooth(3, 640)), {}, "sharpness"),
-    ("flat", encoded(Image.new("RGB", (80, 80), "teal")), {}, "sharpness"),
-    ("cut short", encoded(noise(0, 80, 80))[:9000], {}, "unreadable"),
-    ("no picture", b"<html>", {}, "unreadable"),
-    ("no bytes", b"", {}, "unreadable"),
-    ("a bomb", encoded(Image.new("1", (16_000, 16_000))), {}, "unreadable"),
-    ("animated", animation(80), {}, "animated"),
-    ("cmyk", encoded(noise(0, 80, 80).convert("CMYK"), "JPEG"), {}, None),
-    ("palette", encoded(noise(0, 80, 80).convert("P")), {}, None),
-    ("grey", encoded(noise(0, 80, 80).convert("L"), "JPEG"), {}, None),
-    ("16 bit grey", deep("I;16", 80), {}, None),
-    ("transparent", encoded(noise(0, 80, 80).convert("RGBA")), {}, None),
-    ("one pixel wide", encoded(noise(0, 1, 3000)), {}, "resolution"),
+CONFIG = SelectConfig(
+    min_side_px=64,
+    min_aesthetic=5.5,
+    min_sharpness=0.02,
+    min_high_frequency=0.001,
+    max_watermark=0.5,
+    max_unsafe=0.5,
+    min_similarity=0.2,
+    max_hash_distance=2,
+)
+BROKEN = {"width": 0, "height": 0, "sharpness": None, "high_frequency": None, "phash": None, "unreadable": "broken image"}
+SAME = {"phash": 0x5555, "sha256": digest("same")}
+CASES: list[tuple[str, dict[str, Any], str | None]] = [
+    ("nothing wrong with it", {}, None),
+    ("short side on the bound", {"width": 64, "height": 800}, "resolution"),
+    ("short side just above", {"width": 65, "height": 800}, None),
+    ("score on the bound", {"aesthetic": 5.5}, "aesthetic"),
+    ("score just above", {"aesthetic": 5.500001}, None),
+    ("no score", {"aesthetic": None}, "no aesthetic score"),
+    ("a score that is none", {"aesthetic": float("nan")}, "no aesthetic score"),
+    ("blurred", {"sharpness": 0.019}, "sharpness"),
+    ("sharp on the bound", {"sharpness": 0.02}, None),
+    ("enlarged", {"high_frequency": 0.0009}, "upscaled"),
+    ("detail on the bound", {"high_frequency": 0.001}, None),
+    ("cut short", BROKEN, "unreadable"),
+    ("animated", {"animated": True}, "animated"),
+    ("watermark on the bound", {"watermark": 0.5}, "watermark"),
+    ("watermark just below", {"watermark": 0.4999}, None),
+    ("watermark not known", {"watermark": None}, None),
+    ("unsafe on the bound", {"unsafe": 0.5}, "unsafe"),
+    ("unsafe not known", {"unsafe": None}, None),
+    ("labelled as not safe", {"nsfw": "NSFW"}, "nsfw"),
+    ("labelled as unsure", {"nsfw": "UNSURE"}, None),
+    ("not labelled", {"nsfw": None}, None),
+    ("of another picture", {"similarity": 0.19}, "similarity"),
+    ("similar on the bound", {"similarity": 0.2}, None),
+    ("similarity not known", {"similarity": None}, None),
+    ("IMG_1234.JPG | Flickr", {}, "caption empty"),
+    ("a cat, 12 May 2011", {}, None),
+    ("fox (1920x1080)", {}, "caption too short"),
+    ("123 456 - 789", {}, "caption all numbers"),
+    ("красная лодка", {}, "caption wrong script"),
+    ("the file", SAME, None),
+    ("the file again", SAME, "duplicate"),
+    ("the file again, but a lower score", SAME | {"aesthetic": 5.0}, "aesthetic"),
+    ("two bits away", {"phash": 0x5555 ^ 0b11}, "near duplicate"),
+    ("three bits away", {"phash": 0x5555 ^ 0b10101 << 20}, None),
+    ("near, and a worse one of it is before", {"phash": 0x7777_0000}, "near duplicate"),
+    ("near, and the largest", {"phash": 0x7777_0001, "width": 90}, None),
+    ("near to the largest, but blurred", {"phash": 0x7777_0001, "width": 99, "sharpness": 0.001}, "sharpness"),
+    ("hash not known", {"phash": None}, None),
+    ("hash not known either", {"phash": None}, None),
+    ("all wrong at once", BROKEN | {"aesthetic": 1.0, "nsfw": "NSFW"}, "unreadable"),
 ]
 
 
@@ -89,219 +93,217 @@ def store(folder: Path) -> ArtifactStore:
 
 
 @pytest.fixture(scope="module")
-def images(folder: Path, store: ArtifactStore) -> Manifest[ImageShards]:
-    return publish_images(
-        folder, store, [sample(i, data, caption=name, **row) for i, (name, data, row, _) in enumerate(CASES)], shard_images=5
-    )
+def measurements(folder: Path, store: ArtifactStore) -> Manifest[Measurements]:
+    return publish_measurements(folder, store, [row(number, caption=name, **fields) for number, (name, fields, _) in enumerate(CASES)])
 
 
 @pytest.fixture(scope="module")
-def selected(folder: Path, store: ArtifactStore, images: Manifest[ImageShards]) -> Manifest[Selection]:
-    return run(CONFIG, Inputs(images=images), make_workspace(folder, store, identity="selection"))
+def selected(folder: Path, store: ArtifactStore, measurements: Manifest[Measurements]) -> Manifest[Selection]:
+    return run(CONFIG, Inputs(measurements=measurements), make_workspace(folder, store, identity="selection"))
+
+
+def verdicts(store: ArtifactStore, selection: Manifest[Selection]) -> list[dict[str, Any]]:
+    return pq.read_table(store.fetch(selection) / "verdicts.parquet").to_pylist()
 
 
 def test_exactly_the_right_ones_survive_and_every_drop_has_its_reason(store: ArtifactStore, selected: Manifest[Selection]) -> None:
-    place = store.fetch(selected)
-    verdicts = pq.read_table(place / "verdicts.parquet").to_pylist()
-    assert {row["caption"]: row["reason"] for row in verdicts} == {name: reason for name, _, _, reason in CASES}
-    assert all(row["passed"] == (row["reason"] is None) for row in verdicts)
-    passed = [(name, data) for name, data, _, reason in CASES if reason is None]
-    assert [(one.caption, one.image) for shard in shard_paths(place) for one in read_samples(shard)] == passed
-    assert selected.content.images == len(passed)
-    assert selected.content.images_in == len(CASES) == len(passed) + sum(selected.content.dropped.values())
-    assert selected.content.shards == -(-len(passed) // CONFIG.shard_images)
+    rows = verdicts(store, selected)
+    assert {row["raw_caption"]: row["reason"] for row in rows} == {name: reason for name, _, reason in CASES}
+    assert [row["key"] for row in rows] == [f"{number:010d}" for number in range(len(CASES))]
+    assert all(row["passed"] == (row["reason"] is None) for row in rows)
+    passed = sum(reason is None for _, _, reason in CASES)
+    assert selected.content.images == passed
+    assert selected.content.images_in == len(CASES) == passed + sum(selected.content.dropped.values())
+    assert list(selected.content.dropped) == list(REASONS), "every reason there is has been seen"
 
 
-def test_measurements_are_of_the_upright_picture(store: ArtifactStore, selected: Manifest[Selection]) -> None:
-    rows = {row["caption"]: row for row in pq.read_table(store.fetch(selected) / "verdicts.parquet").to_pylist()}
-    assert (rows["upright it is tall enough"]["width"], rows["upright it is tall enough"]["height"]) == (65, 100)
-    assert rows["cut short"]["unreadable"] == "broken image"
-    assert rows["no picture"]["unreadable"] == rows["no bytes"]["unreadable"] == "not an image"
-    assert rows["a bomb"]["unreadable"] == "too many pixels"
+def test_captions_are_cleaned_and_kept_as_they_were(store: ArtifactStore, selected: Manifest[Selection]) -> None:
+    cleaned = {row["raw_caption"]: row["caption"] for row in verdicts(store, selected)}
+    assert cleaned["a cat, 12 May 2011"] == "a cat"
+    assert cleaned["IMG_1234.JPG | Flickr"] == ""
+    assert cleaned["nothing wrong with it"] == "nothing wrong with it"
 
 
-@pytest.mark.slow
-def test_any_number_of_processes_makes_the_same_bytes(
-    folder: Path, store: ArtifactStore, images: Manifest[ImageShards], selected: Manifest[Selection]
+def test_no_image_is_needed(store: ArtifactStore, measurements: Manifest[Measurements], selected: Manifest[Selection]) -> None:
+    """The image shards that were measured are not on this store and never were."""
+    assert store.find(measurements.content.source) is None
+    assert selected.content.source == measurements.content.source
+
+
+def first_failed(one: dict[str, Any], config: SelectConfig) -> str | None:
+    """The criteria again, one row at a time."""
+
+    def known(name: str) -> bool:
+        return one[name] is not None and one[name] == one[name]
+
+    tests = {
+        "unreadable": one["unreadable"] is not None,
+        "animated": one["animated"],
+        "resolution": min(one["width"], one["height"]) <= config.min_side_px,
+        "no aesthetic score": not known("aesthetic"),
+        "aesthetic": known("aesthetic") and one["aesthetic"] <= (config.min_aesthetic or 0),
+        "sharpness": known("sharpness") and one["sharpness"] < config.min_sharpness,
+        "upscaled": known("high_frequency") and one["high_frequency"] < config.min_high_frequency,
+        "watermark": known("watermark") and one["watermark"] >= (config.max_watermark or 0),
+        "unsafe": known("unsafe") and one["unsafe"] >= (config.max_unsafe or 0),
+        "nsfw": one["nsfw"] in config.drop_nsfw,
+        "similarity": known("similarity") and one["similarity"] < (config.min_similarity or 0),
+        "caption empty": one["caption"] == "",
+        "caption too short": len(one["caption"]) < config.captions.min_characters,
+    }
+    return next((name for name, failed in tests.items() if failed), None)
+
+
+def near(bound: float) -> st.SearchStrategy[float | None]:
+    """Nothing, NaN, on the bound, and a little to either side."""
+    return st.sampled_from([None, float("nan"), bound, np.nextafter(bound, -1), np.nextafter(bound, 2 * bound), 0.0, bound * 2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "width": st.sampled_from([0, 63, 64, 65, 66]),
+                "height": st.sampled_from([0, 64, 65, 900]),
+                "aesthetic": near(5.5),
+                "sharpness": near(0.02),
+                "high_frequency": near(0.001),
+                "watermark": near(0.5),
+                "unsafe": near(0.5),
+                "similarity": near(0.2),
+                "nsfw": st.sampled_from([None, "UNLIKELY", "UNSURE", "NSFW"]),
+                "animated": st.booleans(),
+                "unreadable": st.sampled_from([None, None, "broken image"]),
+                "caption": st.sampled_from(["", "cats", "a cat"]),
+            }
+        ),
+        max_size=20,
+    )
+)
+def test_verdicts_are_those_of_a_plain_loop(drawn: list[dict[str, Any]]) -> None:
+    rows = [row(number, **fields) for number, fields in enumerate(drawn)]
+    codes = judge(pa.Table.from_pylist(rows, MEASUREMENTS), CONFIG)
+    assert [REASONS[code - 1] if code else None for code in codes] == [first_failed(one, CONFIG) for one in rows]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 7, 1000])
+def test_batches_change_no_verdict(
+    batch_rows: int, folder: Path, store: ArtifactStore, measurements: Manifest[Measurements], selected: Manifest[Selection]
 ) -> None:
-    config = CONFIG.model_copy(update={"processes": 2})
-    again = run(config, Inputs(images=images), make_workspace(folder, store, identity="two processes"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.select.tables.batches.__defaults__", (batch_rows,))
+        again = run(CONFIG, Inputs(measurements=measurements), make_workspace(folder, store, identity=f"by {batch_rows}"))
+    assert str(verdicts(store, again)) == str(verdicts(store, selected)), "as text, where NaN is equal to itself"
+    assert all(hashes(again)[path] == hashes(selected)[path] for path in ("report.json", "report.html"))
+
+
+def test_the_same_again_is_the_same_bytes(
+    folder: Path, store: ArtifactStore, measurements: Manifest[Measurements], selected: Manifest[Selection]
+) -> None:
+    again = run(CONFIG, Inputs(measurements=measurements), make_workspace(folder, store, identity="again"))
     assert hashes(again) == hashes(selected)
 
 
-def test_killed_it_measures_only_what_was_left_and_makes_the_same_bytes(
-    folder: Path, images: Manifest[ImageShards], selected: Manifest[Selection], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = Job(
-        stage="select",
-        config=CONFIG.model_dump(mode="json"),
-        inputs={"images": images.identity},
-        folder=str(folder),
-        identity="killed",
-        die_after_parts=2,
-    )
-    run_until_it_dies(job)
-    assert parts_of(job) == ["shard-00000", "shard-00001"]
-    measured: list[str] = []
-    monkeypatch.setattr("stages.measure.pictures.read_samples", lambda shard: measured.append(shard.stem) or read_samples(shard))
-    assert hashes(run_job(job.model_copy(update={"die_after_parts": None}))) == hashes(selected)
-    assert measured == ["shard-00002", "shard-00003"]
+def test_shards_are_taken_in_the_order_of_their_numbers(folder: Path, store: ArtifactStore) -> None:
+    """Of equal pictures the first stays, also where numbers have outgrown their zeros."""
+    same = {"sha256": digest("one"), "phash": 1}
+    numbers = [99_998, 99_999, 100_000]
+    made = publish_measurements(folder, store, [row(number, **same) for number in range(3)], shard_rows=1, numbers=numbers, identity="many")
+    chosen = run(CONFIG, Inputs(measurements=made), make_workspace(folder, store, identity="of many"))
+    assert [row["passed"] for row in verdicts(store, chosen)] == [True, False, False]
 
 
-def test_none_left_is_a_failed_run_that_says_why(folder: Path, store: ArtifactStore, images: Manifest[ImageShards]) -> None:
+def test_what_is_not_looked_at_drops_nobody(folder: Path, store: ArtifactStore, measurements: Manifest[Measurements]) -> None:
+    off = CaptionRules(**dict.fromkeys(CaptionRules.model_fields, False))
+    config = SelectConfig(
+        min_side_px=0, min_aesthetic=None, min_sharpness=0, min_high_frequency=0, max_watermark=None, max_unsafe=None, drop_nsfw=(),
+        max_hash_distance=None, captions=CaptionConfig(rules=off),
+    )  # fmt: skip
+    chosen = run(config, Inputs(measurements=measurements), make_workspace(folder, store, identity="all"))
+    assert chosen.content.dropped == {"unreadable": 2, "animated": 1, "duplicate": 2}
+    assert all(row["caption"] == row["raw_caption"] for row in verdicts(store, chosen))
+
+
+def test_many_rows_in_any_order_keep_the_same_pictures(tmp_path: Path) -> None:
+    """Of rows that differ in size, which stay does not depend on where they are."""
+    store = open_store(tmp_path)
+    rows = [row(number, phash=(number % 40) << 20, width=100 + number) for number in range(200)]
+    kept = []
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(rows, len(rows)) if seed else rows[::-1]
+        made = publish_measurements(tmp_path, store, shuffled, shard_rows=30, identity=f"order {seed}")
+        config = CONFIG.model_copy(update={"max_hash_distance": 0})
+        chosen = run(config, Inputs(measurements=made), make_workspace(tmp_path, store, identity=f"of order {seed}"))
+        kept.append(sorted(one["key"] for one in verdicts(store, chosen) if one["passed"]))
+    assert kept[0] == kept[1] == kept[2] == [f"{number:010d}" for number in range(160, 200)]
+
+
+def test_none_left_is_a_failed_run_that_says_why(folder: Path, store: ArtifactStore, measurements: Manifest[Measurements]) -> None:
     config = CONFIG.model_copy(update={"min_side_px": 5000})
-    with pytest.raises(RunFailed, match=r"none of 19 images passes: unreadable 4, animated 1, resolution 14"):
-        run(config, Inputs(images=images), make_workspace(folder, store, identity="none"))
+    with pytest.raises(RunFailed, match=r"none of 40 images passes: unreadable 2, animated 1, resolution 37"):
+        run(config, Inputs(measurements=measurements), make_workspace(folder, store, identity="none"))
 
 
-def test_a_shard_cut_short_is_a_corrupt_artifact(tmp_path: Path, store: ArtifactStore, images: Manifest[ImageShards]) -> None:
-    whole = shard_paths(store.fetch(images))[0].read_bytes()
-    for kept in (700, len(whole) // 2):
-        (tmp_path / "shard-00000.tar").write_bytes(whole[:kept])
-        with pytest.raises(CorruptArtifact, match=r"shard-00000\.tar"):
-            [place.read() for place in index_shard(tmp_path / "shard-00000.tar")]
+def test_nothing_measured_is_a_failed_run_too(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    made = publish_measurements(tmp_path, store, [])
+    with pytest.raises(RunFailed, match="none of 0 images passes"):
+        run(CONFIG, Inputs(measurements=made), make_workspace(tmp_path, store, identity="none"))
 
 
-class TestSharpness:
-    def test_closed_forms(self) -> None:
-        board = np.indices((64, 64)).sum(axis=0) % 2 * 255
-        assert sharpness(Image.fromarray(board.astype(np.uint8)), 64) == pytest.approx(64, rel=0.01)
-        grey = np.random.default_rng(0).normal(128, 30, (512, 512)).clip(0, 255).astype(np.uint8)
-        assert sharpness(Image.fromarray(grey), 512) == pytest.approx(20, rel=0.02)
-        wave = (127 + 100 * np.sin(2 * np.pi * np.arange(512) / 16))[None].repeat(512, 0)  # one frequency: gain (2 - 2 cos w)^2
-        assert sharpness(Image.fromarray(wave.astype(np.uint8)), 512) == pytest.approx((2 - 2 * np.cos(2 * np.pi / 16)) ** 2, rel=0.05)
+@pytest.mark.slow
+def test_of_the_demos_pictures_the_planted_ones_are_dropped_and_no_other(tmp_path: Path) -> None:
+    """Drawings of above 1024 px, some of one concept in two poses, through `measure` and the tiny recipe's `select`."""
+    collection = make_collection(tmp_path / "demo", large=12, small=4)
+    known = {row["url"]: row for row in pq.read_table(collection.table).to_pylist()}
+    files = {url: collection.pictures / url.rpartition("/")[2].partition("?")[0] for url in known}
+    there = [(known[url], path.read_bytes()) for url, path in files.items() if path.is_file()]
+    store = open_store(tmp_path)
+    images = publish_images(tmp_path, store, [sample(number, data, **row) for number, (row, data) in enumerate(there)], shard_images=20)
+    measured = measure.run(MeasureConfig(processes=1), measure.Inputs(images=images), make_workspace(tmp_path, store, identity="measured"))
+    config = load_recipe(Path("recipes/tiny.yaml")).select
+    chosen = run(config, Inputs(measurements=measured), make_workspace(tmp_path, store, identity="selection"))
 
-    @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (64, 64)])
-    def test_flat_and_thin_pictures_have_none(self, size: tuple[int, int]) -> None:
-        assert sharpness(Image.new("RGB", size, "red"), 32) == 0.0
+    def expected(url: str) -> str | None:
+        name, _, query = url.rpartition("/")[2].partition("?")
+        if name.startswith(("truncated", "page")):
+            return "unreadable"
+        if name.startswith("claims") or (name[0].isdigit() and int(name[:5]) >= 12):
+            return "resolution"
+        if query == "low":
+            return "aesthetic"
+        if name.startswith("blurred"):
+            return "sharpness"
+        return "caption empty" if query == "silent" else None
 
-    def test_neither_contrast_nor_size_moves_it_and_blur_does(self) -> None:
-        picture = smooth(128, 1024)
-        here = sharpness(picture, 256)
-        assert sharpness(Image.eval(picture, lambda value: 64 + value // 2), 256) == pytest.approx(here, rel=0.05)
-        assert sharpness(picture.resize((2048, 2048), Image.Resampling.BICUBIC), 256) == pytest.approx(here, rel=0.05)
-        assert sharpness(picture.filter(ImageFilter.GaussianBlur(12)), 256) < here / 4
-
-
-class TestHostileBytes:
-    """A verdict or a counted reason, never anything else."""
-
-    @staticmethod
-    @cache
-    def originals() -> list[bytes]:
-        picture = noise(0, 40, 30)
-        exif = Image.Exif()
-        exif[ORIENTATION] = 8
-        return [
-            encoded(picture), encoded(picture, "JPEG", exif=exif), encoded(picture, "JPEG", progressive=True), encoded(picture, "WEBP"),
-            encoded(picture.convert("P")), encoded(picture.convert("CMYK"), "JPEG"), deep("I;16", 20), animation(20), encoded(picture, "GIF"),
-            encoded(picture, "TIFF"), encoded(picture, "BMP"),
-        ]  # fmt: skip
-
-    @settings(max_examples=300, deadline=None)
-    @given(st.data())
-    def test_damaged_files(self, data: st.DataObject) -> None:
-        damaged = bytearray(data.draw(st.sampled_from(self.originals())))
-        for _ in range(data.draw(st.integers(0, 6))):
-            damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-        kept = bytes(damaged[: data.draw(st.integers(0, len(damaged)))]) if data.draw(st.booleans()) else bytes(damaged)
-        self.judge(kept)
-
-    @settings(max_examples=100, deadline=None)
-    @given(st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x10\x00\x00\x00WEBP", b""]), st.binary(max_size=200))
-    def test_rubbish(self, magic: bytes, rest: bytes) -> None:
-        self.judge(magic + rest)
-
-    @settings(max_examples=40, deadline=None)
-    @given(
-        width=st.integers(1, 300),
-        height=st.integers(1, 300),
-        mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]),
-        orientation=st.integers(0, 12),
-    )
-    def test_whole_files_of_any_mode_and_shape(self, width: int, height: int, mode: str, orientation: int) -> None:
-        exif = Image.Exif()
-        exif[ORIENTATION] = orientation
-        data = encoded(Image.new(mode, (width, height)), exif=exif)
-        row = self.judge(data)
-        assert row["unreadable"] is None
-        assert (row["width"], row["height"]) == ((height, width) if orientation in (5, 6, 7, 8) else (width, height))
-        facts = inspect_picture(data)
-        assert (facts.width, facts.height) == (row["width"], row["height"])
-
-    def judge(self, data: bytes) -> dict[str, Any]:
-        row = measure(sample(0, data), 32)
-        assert row["unreadable"] in (None, "not an image", "broken image", "unsupported format", "too many pixels")
-        assert (row["unreadable"] is None) == (row["sharpness"] is not None)
-        return row
-
-    def test_transparency_lies_over_white_and_16_bits_keep_their_range(self) -> None:
-        clear, _ = decode_rgb(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))))
-        assert clear.getpixel((0, 0)) == (255, 255, 255)
-        grey, _ = decode_rgb(encoded(Image.fromarray(np.full((4, 4), 0x8000, np.uint16))))
-        assert grey.getpixel((0, 0)) == (128, 128, 128)
-        with pytest.raises(BrokenPictureError):
-            decode_rgb(io.BytesIO(b"rubbish").getvalue())
+    assert {row["url"]: row["reason"] for row in verdicts(store, chosen)} == {url: expected(url) for url in known if files[url].is_file()}
+    assert chosen.content.images == 12
 
 
-class TestAesthetic:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        from infra.torchvision_ops import define_missing_ops
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("captions: {rules: {strip_all: true}}", "select.captions.rules.strip_all (line 6): found True; expected no such field here"),
+        ("captions: {scripts: [Klingon]}", "select.captions.scripts.0 (line 6): found 'Klingon'"),
+        ("captions: {scripts: []}", "select.captions.scripts (line 6): found []"),
+        (
+            "captions: {min_characters: 40, max_characters: 20}",
+            "select.captions.min_characters (line 6): found 40; every caption would be too short: expected at most max_characters = 20",
+        ),
+        ("max_hash_distance: 9", "select.max_hash_distance (line 6): found 9"),
+        ("drop_nsfw: [SAFE]", "select.drop_nsfw.0 (line 6): found 'SAFE'"),
+        ("max_watermark: 2", "select.max_watermark (line 6): found 2"),
+    ],
+)
+def test_mistakes_in_the_section(section: str, expected: str) -> None:
+    text = f"name: small\ningest:\n  table: images.parquet\nteacher: {{source: teachers/tiny}}\nselect:\n  {section}\n"
+    with pytest.raises(BadInput) as caught:
+        read_recipe(text, [])
+    assert expected in str(caught.value)
 
-        define_missing_ops()
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-        place = tmp_path_factory.mktemp("predictor")
-        torch.manual_seed(0)
-        config = CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, projection_dim=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
-        )
-        CLIPVisionModelWithProjection(config).save_pretrained(place)
-        head = {
-            "layers.0.weight": torch.randn(4, 8),
-            "layers.0.bias": torch.randn(4),
-            "layers.7.weight": torch.randn(1, 4),
-            "layers.7.bias": torch.randn(1),
-        }
-        save_file(head, place / "head.safetensors")
-        return place
-
-    def test_the_heads_arithmetic_in_closed_form(self, predictor: Path) -> None:
-        from safetensors.torch import load_file
-
-        from stages.measure.aesthetic import AestheticPredictor
-
-        scorer = AestheticPredictor.load(predictor, "cpu")
-        pixels = torch.rand(3, 3, 32, 32)
-        head = load_file(predictor / "head.safetensors")
-        mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-        with torch.no_grad():
-            features = scorer.clip((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)).image_embeds
-        weight = head["layers.7.weight"] @ head["layers.0.weight"]
-        bias = head["layers.7.weight"] @ head["layers.0.bias"] + head["layers.7.bias"]
-        expected = torch.nn.functional.normalize(features) @ weight.T + bias
-        torch.testing.assert_close(scorer.score(pixels), expected[:, 0], rtol=1e-4, atol=1e-5)
-
-    def test_only_rows_without_a_score_are_scored(
-        self, predictor: Path, folder: Path, store: ArtifactStore, images: Manifest[ImageShards]
-    ) -> None:
-        config = CONFIG.model_copy(update={"aesthetic_predictor": "given", "min_aesthetic": -100.0})
-        outside = {"aesthetic_predictor": str(predictor)}
-        made = run(config, Inputs(images=images), make_workspace(folder, store, identity="scored", outside=outside))
-        rows = {row["caption"]: row for row in pq.read_table(store.fetch(made) / "verdicts.parquet").to_pylist()}
-        assert rows["no score"]["aesthetic"] not in (None, 6.0)
-        assert rows["no score"]["passed"]
-        assert rows["score on the bound"]["aesthetic"] == 5.5
-
-    def test_what_is_no_predictor_is_refused(self, predictor: Path, tmp_path: Path) -> None:
-        from stages.measure.aesthetic import AestheticPredictor
-
-        with pytest.raises(BadInput, match="expected a CLIP model"):
-            AestheticPredictor.load(tmp_path, "cpu")
-        for name in ("config.json", "model.safetensors"):
-            (tmp_path / name).write_bytes((predictor / name).read_bytes())
-        save_file({"layers.0.weight": torch.zeros(1, 5), "layers.0.bias": torch.zeros(1)}, tmp_path / "head.safetensors")
-        with pytest.raises(BadInput, match=r"layers of head.safetensors are \[\(1, 5\)\]; expected a chain from 8 features to 1"):
-            AestheticPredictor.load(tmp_path, "cpu")
+def test_a_similarity_that_no_column_gives_is_a_mistake() -> None:
+    text = "name: small\ningest: {table: a.parquet, columns: {similarity: []}}\nteacher: {source: t}\nselect: {min_similarity: 0.2}\n"
+    with pytest.raises(BadInput, match=r"select.min_similarity .*every picture would pass"):
+        read_recipe(text, [])

@@ -58,7 +58,8 @@ def make_latents(folder: Path, teacher: Manifest[Teacher]) -> Manifest[Latents]:
     save_file({name: tensor.contiguous() for name, tensor in empty.items()}, target / "unconditional.safetensors")
     count = len(CAPTIONS)
     index = {"shard": ["latents-00000.safetensors"] * count, "row": list(range(count)), "key": [f"{i:08d}" for i in range(count)]}
-    pq.write_table(pa.table(index | {"caption": list(CAPTIONS)}), target / "index.parquet")
+    text = {"caption": list(CAPTIONS), "text_shard": index["shard"], "text_row": index["row"]}
+    pq.write_table(pa.table(index | text), target / "index.parquet")
     content = Latents(
         samples=count,
         shards=1,

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours are classes that the page's style sheet fills, so that one chart serves light and dark."""
+"""Charts as inline SVG. Colours are classes that the page's style sheet fills, so that one chart serves light and dark."""
 
 import math
 from collections.abc import Sequence
@@ -70,6 +70,64 @@ def line_chart(
     return Markup("".join(parts))
 
 
+def histogram(
+    counts: Sequence[int],
+    edges: Sequence[float],
+    *,
+    title: str,
+    x_label: str,
+    threshold: float | None = None,
+    low_passes: bool = False,
+    log_x: bool = False,
+    size: tuple[int, int] = (420, 210),
+) -> Markup:
+    """Draw the counts of bins between `edges` (one more than counts, ascending), with a threshold marked and the failing side in another colour.
+
+    Empty bins at both ends are left out, as far as the threshold allows. A histogram without any count is an empty string.
+    """
+    filled = [number for number, count in enumerate(counts) if count]
+    if not filled:
+        return Markup("")
+    first, last = max(filled[0] - 1, 0), min(filled[-1] + 2, len(counts))
+    if threshold is not None:  # a bin beyond it at either side
+        first = min(first, max(sum(edge <= threshold for edge in edges) - 2, 0))
+        last = max(last, min(sum(edge < threshold for edge in edges) + 1, len(counts)))
+    width, height = size
+    x_axis = _Axis.over(edges[first], edges[last], _LEFT, width - _RIGHT, log=log_x, flip=False, pad=0.0)
+    most = max(counts)
+    y_axis = _Axis.over(0.0, _limits(0.0, most, log=False)[1], height - _BOTTOM, _TOP + 12, log=False, flip=False, pad=0.0)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    for tick in _ticks(0.0, _limits(0.0, most, log=False)[1], log=False):
+        if tick == int(tick):  # there is no half picture
+            parts.append(f'<line class="rule" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y_axis(tick):.1f}" y2="{y_axis(tick):.1f}"/>')
+            parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y_axis(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    for number in range(first, last):
+        low, high, count = edges[number], edges[number + 1], counts[number]
+        if count:
+            middle = math.sqrt(low * high) if log_x else (low + high) / 2
+            fails = threshold is not None and (middle > threshold if low_passes else middle < threshold)
+            left, right, top = x_axis(low), x_axis(high), min(y_axis(count), y_axis(0) - 1)
+            parts.append(
+                f'<rect class="column{" fails" if fails else ""}" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.8):.1f}" '
+                f'height="{y_axis(0) - top:.1f}"><title>{low:.4g} to {high:.4g}: {count}</title></rect>'
+            )
+    parts.extend(
+        f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>'
+        for tick in _apart(_ticks(edges[first], edges[last], log=log_x), x_axis)
+    )
+    parts.append(f'<text class="axis" x="{width - _RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text>')
+    if threshold is not None:
+        x = x_axis(min(max(threshold, edges[first]), edges[last]))
+        anchor = "start" if x < width / 2 else "end"
+        parts.append(f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
+        parts.append(
+            f'<text class="limit" x="{x + (6 if anchor == "start" else -6):.1f}" y="{_TOP + 8}" text-anchor="{anchor}">{threshold:.4g}</text>'
+        )
+    parts.append("</svg>")
+    return Markup("".join(parts))
+
+
 def swatch(slot: int) -> Markup:
     """The line and marker of a colour, for a legend."""
     return Markup(
@@ -115,6 +173,15 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     step = _step(low, high)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _apart(ticks: Sequence[float], axis: "_Axis", pixels: float = 34.0) -> list[float]:
+    """Those ticks whose labels do not run into each other."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or abs(axis(tick) - axis(kept[-1])) >= pixels:
+            kept.append(tick)
+    return kept
 
 
 def _step(low: float, high: float) -> float:

@@ -1,0 +1,1 @@
+"""What is measured: `python -m benchmarks.NAME` prints a table and, as the last line, one JSON object."""

@@ -1,0 +1,43 @@
+"""Pages from templates: `style.css.j2` and `parts.html.j2` of this package serve all of them."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+
+
+def page_environment(package: str) -> Environment:
+    """The environment of the templates that lie in a package, with the filters `plural` and `grouped`. What a page leaves undefined is an error."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("stages.reports", ".")]),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"plural": plural, "grouped": grouped}
+    return environment
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 step`, `4 steps`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def grouped(number: int) -> str:
+    """`12 345`, with narrow spaces that do not break."""
+    return f"{number:,}".replace(",", "\u202f")
+
+
+def funnel(stations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Stations (`label`, `count`, `lost` by reason) as the part `funnel` draws them."""
+    most = max((station["count"] for station in stations), default=0) or 1
+    return [
+        {**station, "percent": f"{100 * station['count'] / most:.1f}", "lost_total": sum(station["lost"].values())} for station in stations
+    ]
+
+
+def data_uri(picture: bytes, kind: str) -> str:
+    """The bytes of a picture of a kind (png, jpeg, webp) as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
