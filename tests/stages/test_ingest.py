@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from PIL import Image
 
 from schemas.data import IngestConfig
@@ -261,6 +262,7 @@ def test_files_may_pass_through_an_object_store(
 ) -> None:
     for name, value in (seaweedfs.environment | {"AWS_ENDPOINT_URL": seaweedfs.endpoint}).items():
         monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # another test's may have been made before these credentials were there
     rows = pa.table({"row": [0, 1], "url": [site.url("/1"), site.url("/nowhere")]})
     shared = f"s3://{seaweedfs.bucket}/passing/{tmp_path.name}"
     system = fsspec.filesystem("s3")
