@@ -7,7 +7,7 @@ from typing import Final
 
 from markupsafe import Markup, escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 12, 42
 _MARKERS: Final = ("circle", "square", "diamond", "triangle")
 
 
