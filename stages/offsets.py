@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from schemas.errors import CorruptArtifact
 from schemas.manifest import ImageShards, Manifest
+from stages.shards import shard_names
 from stages.workspace import Workspace
 
 OFFSETS: Final = pa.schema(
@@ -45,12 +46,6 @@ def write_offsets(shard: Path) -> Path:
 def offsets_name(shard: str) -> str:
     """Name of the table of a shard's offsets: `offsets-00000.parquet` for `shard-00000.tar`."""
     return f"offsets-{shard.removeprefix('shard-').removesuffix('.tar')}.parquet"
-
-
-def shard_names(images: Manifest[ImageShards]) -> list[str]:
-    """Names of the shards in order."""
-    names = [entry.path for entry in images.files if entry.path.startswith("shard-") and entry.path.endswith(".tar")]
-    return sorted(names, key=lambda name: (len(name), name))
 
 
 def read_offsets(images: Manifest[ImageShards], workspace: Workspace) -> list[pa.Table]:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from schemas.errors import BadInput, CorruptArtifact
 from schemas.manifest import ImageShards, Manifest, Selection
-from stages.offsets import read_offsets, shard_names
-from stages.shards import Sample
+from stages.offsets import read_offsets
+from stages.shards import Sample, shard_names
 from stages.workspace import Workspace
 
 _PASSED: Final = pa.schema(

@@ -18,16 +18,16 @@ from torch import Tensor
 from schemas.data import EncodeConfig
 from schemas.errors import RunFailed
 from schemas.manifest import ImageShards, Manifest
+from stages.batching import in_batches
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.facts import read_config
 from stages.diffusion.pipeline import Part, TeacherPipeline
 from stages.encode.crop import Crop, centre_crop, crop_pixels, random_crop
 from stages.encode.order import Order
-from stages.offsets import shard_names
 from stages.parallel import worker_rank
 from stages.pictures import BrokenPictureError, decode_rgb
 from stages.selected import read_picture
-from stages.shards import Sample
+from stages.shards import Sample, shard_names
 from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ShardEncoder:
         side = self.work.side
         with ThreadPoolExecutor(_READERS) as readers:
             prepared = _ahead(readers, self._prepare, rows.to_pylist(), self.work.pictures_at_once + _READERS)
-            for batch in _batches(prepared, self.work.pictures_at_once):
+            for batch in in_batches(prepared, self.work.pictures_at_once):
                 latents += self.latents(torch.stack([pixels for *_, pixels in batch]), [sample.key for _, sample, *_ in batch])
                 for row, sample, crop, _ in batch:
                     index.append(_index_row((name, len(index)), row, sample, crop, self.work.config))
@@ -198,7 +198,7 @@ CROPS: Final[dict[str, Callable[[int, int, int, int, str], Crop]]] = {
 
 def encode_captions(teacher: TeacherPipeline, captions: Sequence[str]) -> Conditioning:
     """Conditioning of captions (at least one), on the CPU."""
-    return Conditioning.cat([teacher.encode_prompts(batch).to("cpu") for batch in _batches(captions, _CAPTIONS)])
+    return Conditioning.cat([teacher.encode_prompts(batch).to("cpu") for batch in in_batches(captions, _CAPTIONS)])
 
 
 def text_tensors(text: Conditioning, config: EncodeConfig) -> dict[str, Tensor]:
@@ -251,17 +251,6 @@ def _index_row(at: tuple[str, int], place: dict[str, Any], sample: Sample, crop:
         "text_shard": f"{shard_name(place['text_shard'])}.safetensors" if stored else None,
         "text_row": place["text_row"] if stored else None,
     }
-
-
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:

@@ -1,7 +1,7 @@
 """Feature networks of the FID: one builder a name, each a function from (B, 3, 299, 299) float32 in 0..255 to (B, D) features."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infra.torchvision_ops import define_missing_ops
 from schemas.errors import BadInput
+from stages.batching import in_batches
 
 Extractor = Callable[[Tensor], Tensor]
 Pixels = NDArray[np.uint8]
@@ -97,7 +98,7 @@ def features_of(pictures: Iterable[Pixels], extractor: Extractor, device: str) -
 
     resize = build_resizer("clean")
     found: list[NDArray[np.float32]] = []
-    for batch in _batches(pictures, FEATURE_BATCH):
+    for batch in in_batches(pictures, FEATURE_BATCH):
         resized = np.stack([resize(picture) for picture in batch]).transpose(0, 3, 1, 2)
         with torch.inference_mode():
             features = extractor(torch.from_numpy(np.ascontiguousarray(resized)).to(device))
@@ -105,14 +106,3 @@ def features_of(pictures: Iterable[Pixels], extractor: Extractor, device: str) -
     if not found:
         raise BadInput("features of no pictures at all; expected at least 2")
     return np.concatenate(found)
-
-
-def _batches(pictures: Iterable[Pixels], size: int) -> Iterator[list[Pixels]]:
-    batch: list[Pixels] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -11,9 +11,9 @@ import pytest
 from infra.store import ArtifactStore
 from schemas.errors import BadInput, CorruptArtifact
 from schemas.manifest import ImageShards, Manifest, Selection
-from stages.offsets import OFFSETS, offsets_name, read_offsets, shard_names, write_offsets
+from stages.offsets import OFFSETS, offsets_name, read_offsets, write_offsets
 from stages.selected import SelectedPictures, read_picture
-from stages.shards import Sample, ShardWriter, index_shard
+from stages.shards import Sample, ShardWriter, index_shard, shard_names
 from tests.stages.pictures import encoded, noise, sample
 from tests.workspaces import make_workspace, open_store
 
