@@ -42,7 +42,7 @@ def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[An
     latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
     teacher = _frozen(pipeline, inputs.source, workspace)
-    start, unet = _student(config, pipeline, teacher, inputs, workspace)
+    start, unet = _student(config, pipeline, teacher, inputs, workspace, seed=seed)
     student = UNetDenoiser(
         unet, teacher.schedule, PREDICTION_TYPES[config.prediction] if config.prediction != "teacher" else start.prediction
     )
@@ -84,22 +84,22 @@ def _frozen(pipeline: TeacherPipeline, student: Manifest[StudentUNet | StudentLo
 
 
 def _student(
-    config: LinkConfig, pipeline: TeacherPipeline, teacher: UNetDenoiser, inputs: Inputs, workspace: Workspace
+    config: LinkConfig, pipeline: TeacherPipeline, teacher: UNetDenoiser, inputs: Inputs, workspace: Workspace, *, seed: int
 ) -> tuple[UNetDenoiser, Any]:
     """What the student starts as, frozen, and the UNet that is trained from there: whole, or the base teacher's with an adapter.
 
-    A LoRA is relative to the base, so that the published one fits other models made from it.
+    A LoRA is relative to the base, so that the published one fits other models made from it. It keeps the base's prediction type, which is all that
+    is asked of its start: the student it goes on from is not loaded a second time, merged.
     """
-    start = teacher if inputs.start == inputs.source else _frozen(pipeline, inputs.start, workspace)
+    start = pipeline.denoiser()
     if config.network == "unet":
+        start = teacher if inputs.start == inputs.source else _frozen(pipeline, inputs.start, workspace)
         unet = copy.deepcopy(start.unet)
         unet.requires_grad_(True)
     else:
         unet = copy.deepcopy(pipeline.unet)
         if inputs.start is None:
-            add_lora(
-                unet, config.lora_rank, config.lora_alpha, seed=derive_seed(workspace.seed if config.seed is None else config.seed, "lora")
-            )
+            add_lora(unet, config.lora_rank, config.lora_alpha, seed=derive_seed(seed, "lora"))
         else:
             content = inputs.start.content
             if not isinstance(content, StudentLoRA) or (content.rank, content.alpha) != (config.lora_rank, config.lora_alpha):
