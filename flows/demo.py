@@ -26,24 +26,31 @@ class Shown:
     """The published folder."""
 
 
-def run_demo(folder: Path = FOLDER, overrides: tuple[str, ...] = ()) -> Shown:
-    """Draw and serve pictures, and run recipes/tiny.yaml on them to a published student and a report, all below `folder`."""
-    return _run("tiny.yaml", make_collection(folder.absolute()), folder.absolute(), overrides)
+def run_demo(folder: Path = FOLDER, overrides: tuple[str, ...] = (), recipe: str = "tiny.yaml") -> Shown:
+    """Draw and serve pictures, and run one of the recipes made for them to a published student and a report, all below `folder`."""
+    folder = folder.absolute()
+    return _shown(recipe, make_collection(folder), folder, overrides)
 
 
 def train_tiny_teacher(folder: Path = FOLDER / "teacher", overrides: tuple[str, ...] = ()) -> Shown:
     """Train the tiny teacher from scratch by recipes/tiny-teacher.yaml. Takes an hour and more."""
-    return _run("tiny-teacher.yaml", make_teacher_collection(folder.absolute()), folder.absolute(), overrides)
+    folder = folder.absolute()
+    return _shown("tiny-teacher.yaml", make_teacher_collection(folder), folder, overrides)
 
 
-def _run(name: str, collection: Collection, folder: Path, overrides: tuple[str, ...]) -> Shown:
+def run_on(collection: Collection, name: str, folder: Path, overrides: tuple[str, ...]) -> Finished:
+    """Run the recipe of that file name on pictures served here. Raises `BadInput` outside a checkout of the project."""
     path = PROJECT / "recipes" / name
     if not path.is_file():
         raise BadInput(f"{path}: missing; the demo runs from a checkout of the project")
-    model = folder / "model"
-    recipe = load_recipe(path, [f"ingest.table={collection.table}", f"publish.destination={model}", *overrides])
+    recipe = load_recipe(path, [f"ingest.table={collection.table}", *overrides])
     with serve(collection.pictures, collection.port):
-        finished = run_here(recipe, f"file://{folder / 'store'}")
+        return run_here(recipe, f"file://{folder / 'store'}")
+
+
+def _shown(name: str, collection: Collection, folder: Path, overrides: tuple[str, ...]) -> Shown:
+    model = folder / "model"
+    finished = run_on(collection, name, folder, (f"publish.destination={model}", *overrides))
     report = folder / "report.html"
     shutil.copyfile(finished.store.fetch(finished.manifests["evaluate"], ["report.html"]) / "report.html", report)
     return Shown(finished, report, model)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +61,9 @@ def prepare(
     found = open_store(store)
     given = {_upstream(nodes, target, name): found.resolve(reference).identity for name, reference in (inputs or {}).items()}
     plan = make_plan(recipe, remembered_digest, given)
-    surroundings = Surroundings(store=found, device=device) if progress is None else Surroundings(found, device, progress=progress)
+    surroundings = Surroundings(store=found, device=device, tensorboard=Settings.load().tensorboard)
+    if progress is not None:
+        surroundings = replace(surroundings, progress=progress)
     left = tuple(node for node in unfinished(plan, surroundings) if target in (None, node))
     preflight(left, plan, surroundings)
     return Prepared(plan, surroundings, left)

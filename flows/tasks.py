@@ -1,6 +1,7 @@
 """One stage run as one Prefect task: named after it, cached under its artifact's identity, a hit verified against the store."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,9 @@ Json = dict[str, Any]
 
 
 def title(node: Node) -> str:
-    """Return a node's name for people: `lightning-8-4` is `lightning 8→4`."""
+    """Return a node's name for people: `lightning-8-4` is `lightning 8→4`, and its phase `lightning-8-4-lora` is `lightning 8→4 lora`."""
     rest = node.name.removeprefix(node.stage).strip("-")
-    return f"{node.stage} {rest.replace('-', '→')}".strip()
+    return f"{node.stage} {re.sub(r'(?<=[0-9])-(?=[0-9])', '→', rest).replace('-', ' ')}".strip()
 
 
 @contextmanager

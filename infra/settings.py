@@ -1,5 +1,6 @@
 """Settings of this installation, read from the environment. What a run computes is in its recipe, never here."""
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, ValidationError
@@ -10,12 +11,14 @@ from schemas.errors import BadInput
 
 
 class Settings(BaseSettings):
-    """`DISTILL_STORE_ADDRESS` says where artifacts lie; the other `DISTILL_STORE_*` say how to get there."""
+    """`DISTILL_STORE_ADDRESS` says where artifacts lie, the other `DISTILL_STORE_*` how to get there, `DISTILL_TENSORBOARD` where figures go."""
 
     model_config = SettingsConfigDict(env_prefix="DISTILL_", frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     store_address: str = "file://./store"
     """`file:///folder`, a plain path, or `s3://bucket/prefix`."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard to watch: training stages tell their figures there as they go on."""
     store: StoreSettings = Field(default_factory=StoreSettings)
 
     @classmethod

@@ -1,13 +1,15 @@
 """The adversarial part of `lightning`'s recipe section: what the discriminator sees, and in which phases a link is trained (SDXL-Lightning)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from schemas.base import Field, Model
+from schemas.base import Field, Mistake, Model
 from schemas.training import OptimizerConfig, PositiveInt
 
 Timestep = Annotated[int, Field(ge=0, lt=1000)]
 Weights = tuple[Annotated[float, Field(gt=0)], ...]
+PhaseName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+"""The end of a run's name, and of its page's in Prefect: lower case, digits, dashes."""
 
 
 class AdversarialConfig(Model):
@@ -72,14 +74,16 @@ class AdversarialPlan(Model):
     """SDXL-Lightning 3.6."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
     """SDXL-Lightning 3.6."""
-    phases: Mapping[str, Phase] = ALL_PHASES
-    """By name, in order; the last makes the teacher of later links."""
-    one_step_phases: Mapping[str, Phase] = ONE_STEP_PHASES
+    phases: Mapping[PhaseName, Phase] = ALL_PHASES
+    """By name, in order; the last makes the teacher of later links, a LoRA too: it is then merged into the base."""
+    one_step_phases: Mapping[PhaseName, Phase] = ONE_STEP_PHASES
     one_step_prediction: Literal["teacher", "sample"] = "sample"
     """SDXL-Lightning 3.7.3: the one-step student says x0."""
     conversion_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps of eq. 27 before its first phase. Not published."""
-    first_phases: Mapping[str, Phase] = FIRST_PHASES
+    conversion_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Not published. null: that of the section's links with a squared error, which the conversion is too."""
+    first_phases: Mapping[PhaseName, Phase] = FIRST_PHASES
     """Of the first link, which absorbs the guidance."""
     teachers: Mapping[PositiveInt, PositiveInt] = {2: 8, 1: 4}
     """Step count of the student that teaches, by the step count of the one that learns; where not given, the link before. SDXL-Lightning 3.4 takes
@@ -94,3 +98,21 @@ class AdversarialPlan(Model):
     late_renoise_weights: Weights = (5, 1, 1, 1)
     late_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """When the late weights begin is not published."""
+
+
+def _levels_have_weights(config: AdversarialConfig | AdversarialPlan) -> Iterator[Mistake]:
+    levels = len(config.renoise_timesteps)
+    for name in ("renoise_weights", "late_renoise_weights"):
+        weights = getattr(config, name)
+        if levels and len(weights) != levels:
+            yield (name,), list(weights), f"expected {levels}, one for each of renoise_timesteps"
+
+
+def _links_have_phases(plan: AdversarialPlan) -> Iterator[Mistake]:
+    for name in ("phases", "one_step_phases", "first_phases"):
+        if not getattr(plan, name):
+            yield (name,), {}, "expected at least one phase"
+
+
+AdversarialConfig.cross_checks = (_levels_have_weights,)
+AdversarialPlan.cross_checks = (_levels_have_weights, _links_have_phases)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
+PositiveInt = Annotated[int, Field(ge=1)]
+
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A SHA-256 digest, 64 lower-case hex digits."""
 
@@ -81,4 +83,4 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-__all__ = ["Field", "Mistake", "Model", "NotIdentity", "Place", "Sha256", "canonical_json", "digest"]
+__all__ = ["Field", "Mistake", "Model", "NotIdentity", "Place", "PositiveInt", "Sha256", "canonical_json", "digest"]

@@ -3,10 +3,10 @@
 from typing import Annotated, Literal
 
 from schemas.base import Field
-from schemas.training import OptimizerConfig, PositiveInt, TrainingConfig
+from schemas.training import OptimizerConfig, PositiveInt, StudentTraining
 
 
-class LcmConfig(TrainingConfig):
+class LcmConfig(StudentTraining):
     """`lcm`: a LoRA that turns its base into a latent consistency model."""
 
     guidance_w: Annotated[float, Field(ge=0)] = 7.5

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from schemas.adversarial import AdversarialConfig, AdversarialPlan, Phase
 from schemas.base import Field, Mistake, Model
-from schemas.training import OptimizerConfig, PositiveInt, TrainingConfig
+from schemas.training import OptimizerConfig, PositiveInt, StudentTraining
 
 TRAIN_TIMESTEPS = 1000
 """T of every UNet teacher of this family; a paper's timestep T is index T - 1."""
@@ -21,7 +21,7 @@ def trailing_timesteps(steps: int, train_timesteps: int = TRAIN_TIMESTEPS) -> tu
     return tuple(round(train_timesteps - i * train_timesteps / steps) - 1 for i in range(steps))
 
 
-class LinkConfig(TrainingConfig):
+class LinkConfig(StudentTraining):
     """One link of the chain: a student of `steps` steps learns from a teacher of `teacher_steps` steps. The identity of one stage run."""
 
     teacher_steps: PositiveInt
@@ -34,6 +34,11 @@ class LinkConfig(TrainingConfig):
     prediction: Literal["teacher", "sample"] = "teacher"
     """`sample`: the student is switched to predict x0 (SDXL-Lightning 3.7.3), by `conversion_steps` of eq. 27-29 first."""
     conversion_steps: Annotated[int, Field(ge=0)] = 0
+    conversion_optimizer: OptimizerConfig | None = None
+    """null: `optimizer`. Schedule and warm-up are the link's own."""
+    teacher_precision: Literal["bfloat16"] | None = None
+    """Type that the teacher's weights are held and computed in. null: float32, computed in `precision`. Its outputs are taken to float32 before any
+    arithmetic."""
     optimizer: OptimizerConfig
     start_timesteps: tuple[Annotated[int, Field(ge=0, lt=TRAIN_TIMESTEPS)], ...] | None = None
     """Timesteps the student is trained at, as long a jump from each, clamped at the clean state. null: its own grid.
@@ -66,7 +71,7 @@ class LinkRun:
     published: bool
 
 
-class LightningConfig(TrainingConfig):
+class LightningConfig(StudentTraining):
     """`lightning`: the chain, with settings for all links and overrides by the student's step count."""
 
     chain: tuple[Annotated[int, Field(ge=1, le=TRAIN_TIMESTEPS)], ...] = (128, 32, 8, 4, 2, 1)
@@ -80,6 +85,9 @@ class LightningConfig(TrainingConfig):
     network: Literal["unet", "lora"] = "unet"
     lora_rank: PositiveInt = 64
     lora_alpha: Annotated[float, Field(gt=0)] = 64
+    teacher_precision: Literal["bfloat16"] | None = None
+    """Type that the teacher's weights are held and computed in. null: float32, computed in `precision`. Its outputs are taken to float32 before any
+    arithmetic."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     """Adam(.9, .999), 1e-5, no weight decay: SDXL-Lightning 3.6, of the MSE links."""
     links: Mapping[PositiveInt, LinkOverride] = {}
@@ -134,6 +142,8 @@ class LightningConfig(TrainingConfig):
             override = self.links.get(1, LinkOverride())
             changed["prediction"] = override.prediction or plan.one_step_prediction
             changed["conversion_steps"] = plan.conversion_steps if override.conversion_steps is None else override.conversion_steps
+            rate = plan.conversion_learning_rate or base.optimizer.learning_rate
+            changed["conversion_optimizer"] = base.optimizer.model_copy(update={"learning_rate": rate})
         changed |= {
             "optimizer": optimizer,
             "start_timesteps": plan.start_timesteps if few else None,
@@ -206,4 +216,95 @@ def _lora_follows_no_unet(config: LightningConfig) -> Iterator[Mistake]:
             yield ("links", few, "network"), "lora", expected
 
 
-LightningConfig.cross_checks = (_chain_nests, _links_are_students, _lora_keeps_the_prediction, _lora_follows_no_unet)
+def _starts_lie_on_the_teachers_grid(config: LinkConfig) -> Iterator[Mistake]:
+    foreign = sorted(set(config.start_timesteps or ()) - set(trailing_timesteps(config.teacher_steps)))
+    if foreign:
+        yield ("start_timesteps",), foreign, f"expected entries of the trailing grid of {config.teacher_steps} steps, the teacher's"
+
+
+def _adversarial_starts_lie_on_grids(config: LightningConfig) -> Iterator[Mistake]:
+    plan = config.adversarial
+    for many, few in pairwise(config.chain[1:]):
+        if plan is not None and few <= plan.few_steps:
+            level = config._teacher_of(many, few)
+            foreign = sorted(set(plan.start_timesteps) - set(trailing_timesteps(level)))
+            if foreign:
+                expected = f"the student of {few} steps learns from one of {level}: expected entries of the trailing grid of {level} steps"
+                yield ("adversarial", "start_timesteps"), foreign, expected
+
+
+def _teachers_are_students_of_the_chain(config: LightningConfig) -> Iterator[Mistake]:
+    if config.adversarial is None or config.adversarial.teachers == AdversarialPlan().teachers:  # which hold where the chain has them
+        return
+    for few, many in config.adversarial.teachers.items():
+        if few not in config.chain[2:] or many not in config.chain[1:] or many <= few:
+            expected = f"expected a step count of {list(config.chain[1:])} to learn from one above it, and neither the first link's"
+            yield ("adversarial", "teachers", few), many, expected
+
+
+def _phases_can_do_what_they_say(config: LightningConfig) -> Iterator[Mistake]:
+    plan = config.adversarial
+    if plan is None:
+        return
+    for group in ("first_phases", "phases", "one_step_phases"):
+        for name, phase in getattr(plan, group).items():
+            place = ("adversarial", group, name)
+            if phase.training_steps is not None and phase.training_steps <= config.warmup_steps:
+                expected = f"the phase would end inside its warm-up: expected more than lightning.warmup_steps = {config.warmup_steps}"
+                yield (*place, "training_steps"), phase.training_steps, expected
+            if group == "first_phases" and phase.objective != "mse":
+                yield (*place, "objective"), phase.objective, "the first link absorbs the guidance, which only objective: mse can teach"
+    for steps in config.chain[2:]:
+        override = config.links.get(steps, LinkOverride())
+        prediction = override.prediction or (plan.one_step_prediction if steps == 1 else "teacher")
+        for name, phase in config._phases(steps).items():
+            if prediction == "sample" and phase.network == "lora":
+                expected = f"a LoRA cannot carry the switch of {steps} steps to x0-prediction (SDXL-Lightning 3.6); expected network: unet"
+                yield ("adversarial", "one_step_phases" if steps == 1 else "phases", name, "network"), "lora", expected
+
+
+def _conversions_outlast_their_warmup(config: LightningConfig) -> Iterator[Mistake]:
+    named: dict[tuple[str | int, ...], int | None] = {
+        ("links", steps, "conversion_steps"): override.conversion_steps for steps, override in config.links.items()
+    }
+    if config.adversarial is not None and 1 in config.chain and config.adversarial.one_step_prediction == "sample":
+        named["adversarial", "conversion_steps"] = config.adversarial.conversion_steps
+    for place, steps in named.items():
+        if steps is not None and 0 < steps <= config.warmup_steps:
+            yield (
+                place,
+                steps,
+                f"the conversion would end inside its warm-up: expected more than lightning.warmup_steps = {config.warmup_steps}",
+            )
+
+
+def _phases_alone_say_what_is_trained(config: LightningConfig) -> Iterator[Mistake]:
+    if config.adversarial is None:
+        return
+    if config.network == "lora":
+        yield ("network",), "lora", "the phases of lightning.adversarial say what is trained; expected nothing here"
+    for steps, override in config.links.items():
+        if override.network is not None:
+            yield (
+                ("links", steps, "network"),
+                override.network,
+                "the phases of lightning.adversarial say what is trained; expected nothing here",
+            )
+        adversarial = steps in config.chain[2:] and all(phase.objective != "mse" for phase in config._phases(steps).values())
+        if override.learning_rate is not None and adversarial:
+            expected = "adversarial phases have the rates of lightning.adversarial or their own; expected nothing here"
+            yield ("links", steps, "learning_rate"), override.learning_rate, expected
+
+
+LinkConfig.cross_checks = (_starts_lie_on_the_teachers_grid,)
+LightningConfig.cross_checks = (
+    _chain_nests,
+    _links_are_students,
+    _lora_keeps_the_prediction,
+    _lora_follows_no_unet,
+    _adversarial_starts_lie_on_grids,
+    _teachers_are_students_of_the_chain,
+    _phases_can_do_what_they_say,
+    _conversions_outlast_their_warmup,
+    _phases_alone_say_what_is_trained,
+)

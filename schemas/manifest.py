@@ -131,6 +131,9 @@ class StudentContent(Model):
     """Imagen-convention scale to sample with; 1 means no guidance."""
     teacher: Sha256
     training_steps: int
+    best_step: int | None = None
+    """Where the training was looked at: the step of the weights in `best/`, whose FID to the teacher on few images was the lowest."""
+    best_fid: float | None = None
 
 
 class StudentUNet(StudentContent):
@@ -230,6 +233,10 @@ class Manifest(Model, Generic[C]):
     def files_digest(self) -> str:
         """One digest over every file's path and SHA-256: equal exactly when two artifacts hold equal bytes."""
         return digest([[entry.path, entry.sha256] for entry in self.files])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its JSON: `Manifest[Latents]` is a class that pickle finds by name only where a module's own body was the first to write it."""
+        return Manifest.model_validate_json, (self.model_dump_json(),)
 
     def file(self, path: str) -> FileEntry:
         """Return the entry of one file. Raises `KeyError` naming the artifact."""

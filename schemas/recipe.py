@@ -82,6 +82,22 @@ def _batch_divides(path: str, recipe: Recipe) -> Iterator[Mistake]:
     if config is not None and config.batch_size % config.accumulation_steps:
         expected = f"expected a divisor of {path}.batch_size = {config.batch_size}"
         yield (*path.split("."), "accumulation_steps"), config.accumulation_steps, expected
+    elif config is not None and config.world_size is not None and config.batch_size % _parts(config):
+        expected = (
+            f"times {path}.accumulation_steps = {config.accumulation_steps}: expected a divisor of {path}.batch_size = {config.batch_size}"
+        )
+        yield (*path.split("."), "world_size"), config.world_size, expected
+
+
+def _parts(config: TrainingConfig) -> int:
+    """Micro-batches that a batch is cut in, as far as the recipe says."""
+    return config.accumulation_steps * (config.world_size or 1)
+
+
+def _only_students_are_sharded(path: str, recipe: Recipe) -> Iterator[Mistake]:
+    config = _training(path, recipe)
+    if config is not None and config.sharding == "full":
+        yield (*path.split("."), "sharding"), "full", "a teacher trained here is small: expected none or optimizer"
 
 
 def _warmup_ends(path: str, recipe: Recipe) -> Iterator[Mistake]:
@@ -102,8 +118,9 @@ def _links_add_up(recipe: Recipe) -> Iterator[Mistake]:
     config = recipe.lightning
     for steps, override in (config.links if config else {}).items():
         assert config is not None
-        if override.batch_size is not None and override.batch_size % config.accumulation_steps:
+        if override.batch_size is not None and override.batch_size % _parts(config):
             expected = f"expected a multiple of lightning.accumulation_steps = {config.accumulation_steps}"
+            expected += f" times lightning.world_size = {config.world_size}" if config.world_size else ""
             yield ("lightning", "links", steps, "batch_size"), override.batch_size, expected
         if override.training_steps is not None and override.training_steps <= config.warmup_steps:
             expected = f"the link would end inside its warm-up: expected more than lightning.warmup_steps = {config.warmup_steps}"
@@ -131,6 +148,7 @@ Recipe.cross_checks = (
     _similarity_has_a_source,
     *(partial(_batch_divides, path) for path in _TRAINING),
     *(partial(_warmup_ends, path) for path in _TRAINING),
+    *(partial(_only_students_are_sharded, path) for path in _TRAINING if path.startswith("train_teacher")),
     _links_add_up,
     _published_is_measured,
     _published_is_made,

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from schemas.base import Field, Model, NotIdentity
+from schemas.base import Field, Model, NotIdentity, PositiveInt
+from schemas.watching import Alarms, Watch
 
-PositiveInt = Annotated[int, Field(ge=1)]
+__all__ = ["OptimizerConfig", "PositiveInt", "StudentTraining", "TrainingConfig"]
 
 
 class OptimizerConfig(Model):
@@ -37,11 +38,23 @@ class TrainingConfig(Model):
     """Decay of the student's moving average a step; where set, the average is what is published."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    alarms: Alarms = Alarms()
+    """What stops the training, or takes it back."""
     world_size: Annotated[PositiveInt | None, NotIdentity] = None
     """Processes that train together, one a device, each with its part of every batch. null: one for each CUDA device; one elsewhere."""
+    sharding: Annotated[Literal["none", "optimizer", "full"], NotIdentity] = "none"
+    """What each of several processes holds but a part of: nothing; the optimiser's moments (ZeRO); or weights, gradients, moments and averages of
+    what is trained (FSDP2). One process holds all. Checkpoints do not depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of data order and noise. null: the recipe's."""
     checkpoint_every: Annotated[PositiveInt, NotIdentity] = 500
     """Optimiser steps between checkpoints."""
     log_every: Annotated[PositiveInt, NotIdentity] = 50
     """Optimiser steps between lines in the log. The metrics table has every step."""
+
+
+class StudentTraining(TrainingConfig):
+    """Training of a student, which can be sampled on the way."""
+
+    watch: Watch | None = None
+    """Samples at intervals, and the best weights kept beside the last. null: none are drawn."""

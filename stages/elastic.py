@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from stages.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
+_PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that draws samples or writes a checkpoint; one that dies is noticed at once, by the agent."""
 RESTARTS = 3
 """How often the processes are started again after one of them died."""
 
@@ -56,14 +59,8 @@ class Task:
 
     stage: str
     config: Model
-    inputs: str
-    """The stage's inputs as JSON: a class made by parametrising another cannot be pickled."""
+    inputs: Model
     workspace: Workspace
-
-    @classmethod
-    def of(cls, stage_name: str, config: Model, inputs: Model, workspace: Workspace) -> "Task":
-        """Describe a run."""
-        return cls(stage_name, config, inputs.model_dump_json(), workspace)
 
 
 def run_together(task: Task, processes: int) -> Manifest[Any]:
@@ -130,13 +127,13 @@ def _work(task: Task, told: Path) -> str | DistillError:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
     scratch = Path(tempfile.mkdtemp(prefix=f"rank-{parallel.rank}-", dir=task.workspace.scratch))
     progress: Progress = _Told(told) if parallel.leads else NullProgress()
     workspace = replace(task.workspace, scratch=scratch, device=device, parallel=parallel, progress=progress)
     try:
-        run, inputs_class = stage(task.stage).load()
-        manifest = run(task.config, inputs_class.model_validate_json(task.inputs), workspace)
+        run, _ = stage(task.stage).load()
+        manifest = run(task.config, task.inputs, workspace)
     except (BadInput, RunFailed) as error:
         return error
     else:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from schemas.base import Model
 from schemas.lcm import LcmConfig
 from schemas.manifest import Latents, Manifest, StudentLoRA, Teacher
+from schemas.recipe import Recipe
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, predict
 from stages.diffusion.lora import add_lora, lora_layers, without_lora
@@ -18,10 +19,12 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.schedule import ddim_solver_timesteps, lcm_timesteps
 from stages.diffusion.solvers import boundary_scalings, consistency, ddim_move
 from stages.latents import LatentSet
-from stages.students import check_teacher, ready_for_training, save_student, trainable, trained_tensors
-from stages.training import Draw, Method, Player, train
+from stages.students import Student, check_teacher, ready_for_training
+from stages.training import Draw, Figure, Method, Player, Spread, train
 from stages.training.latent_batches import LatentBatch, reader
 from stages.training.randomness import derive_seed
+from stages.training.sharding import shard
+from stages.watching import StudentWatch, check_watch, publish_student
 from stages.workspace import Workspace
 
 
@@ -32,27 +35,30 @@ class Inputs(Model):
     latents: Manifest[Latents]
 
 
+def preflight(config: LcmConfig, _outside: Mapping[str, str], _recipe: Recipe) -> None:
+    """Look for what the looks at the student will need. Raises `BadInput`."""
+    check_watch("lcm", config)
+
+
 def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any]:
     """Train a LoRA that makes its base a latent consistency model, and publish it."""
     check_teacher(inputs.teacher, inputs.latents)
     seed = workspace.seed if config.seed is None else config.seed
     latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
-    base = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device).denoiser()
+    base = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device, only=frozenset({"unet"})).denoiser()
     unet = base.unet
     add_lora(unet, config.lora_rank, config.lora_alpha, seed=derive_seed(seed, "lora"))
     ready_for_training(unet, gradient_checkpointing=config.gradient_checkpointing)
+    shard(unet, config, workspace.parallel)
     layers = lora_layers(unet)
+    student = Student.of_unet(base)
     method = ConsistencyDistillation(
         config,
         teacher=base,
-        student=base,
-        parameters=trainable(unet),
-        tensors=trained_tensors(unet),
+        student=student,
         unconditional=latents.unconditional(1),
         as_teacher=lambda: without_lora(layers),
     )
-    rows = train(method, reader(latents), len(latents), config, workspace, seed=seed)
-
     content = StudentLoRA(
         method="lcm",
         steps=config.steps,
@@ -65,9 +71,9 @@ def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
         rank=config.lora_rank,
         alpha=config.lora_alpha,
     )
-    with workspace.folder("student") as folder:
-        save_student(unet, folder, content, rows)
-        return workspace.publish(folder, content)
+    watch = StudentWatch.open(config, student, content, teacher=inputs.teacher, latents=latents, workspace=workspace)
+    rows = train(method, reader(latents), len(latents), config, workspace, seed=seed, observer=watch)
+    return publish_student(student, content, rows, config, workspace, watch=watch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +87,8 @@ class ConsistencyPair:
     conditioning: Conditioning
     target: Tensor
     """f_theta-(z_hat_n, t_n), (B, C, h, w)."""
+    reference: Spread
+    """Of the encoded pictures: a consistency function's values are distributed as what the noise was added to."""
 
 
 class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
@@ -94,17 +102,15 @@ class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
         config: LcmConfig,
         *,
         teacher: Denoiser,
-        student: Denoiser,
-        parameters: Mapping[str, nn.Parameter],
-        tensors: Mapping[str, Tensor],
+        student: Student,
         unconditional: Conditioning,
         as_teacher: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """`as_teacher` makes the shared network the teacher while it is open; `unconditional` (1, ...)."""
-        self.config, self.teacher, self.student = config, teacher, student
+        self.config, self.teacher, self.student = config, teacher, student.denoiser
         self.unconditional, self.as_teacher = unconditional, as_teacher
-        self.players = {"student": Player.of(parameters, config.optimizer, config)}
-        self._tensors = tensors
+        self.players = {"student": Player.of(student.parameters, config.optimizer, config)}
+        self._tensors = student.tensors
         self._grid = torch.tensor(ddim_solver_timesteps(config.ddim_timesteps, teacher.schedule.num_train_timesteps))
         self._skip = teacher.schedule.num_train_timesteps // config.ddim_timesteps
 
@@ -129,13 +135,14 @@ class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
                 unconditional=unconditional,
                 guidance_scale=1 + self.config.guidance_w,  # Imagen's scale of LCM's w
             )
-        return ConsistencyPair(x_t, later, batch.conditioning, self.consistency_function(moved, earlier, batch.conditioning))
+        target = self.consistency_function(moved, earlier, batch.conditioning)
+        return ConsistencyPair(x_t, later, batch.conditioning, target, Spread.of(batch.latents))
 
-    def loss(self, player: str, prepared: ConsistencyPair, draw: Draw) -> Mapping[str, Tensor]:  # noqa: ARG002
+    def loss(self, player: str, prepared: ConsistencyPair, draw: Draw) -> Mapping[str, Figure]:  # noqa: ARG002
         """Return the distance of the two values of the consistency function."""
         value = self.consistency_function(prepared.x_t, prepared.timesteps, prepared.conditioning)
         loss = DISTANCES[self.config.loss](value - prepared.target, self.config.huber_c)
-        return {"loss": loss, "x0_mean": value.mean(), "x0_std": value.std()}
+        return {"loss": loss, "x0": Spread.of(value), "reference": prepared.reference}
 
     def consistency_function(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """f(x_t, t) = c_skip(t) x_t + c_out(t) x0 of the student (LCM eq. 9)."""

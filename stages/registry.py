@@ -65,10 +65,10 @@ STAGES: dict[str, Stage] = {
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
         Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
-        Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning"),
-        Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm"),
+        Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
+        Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm", revision=2),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),
-        Stage("publish", PublishConfig, ("published_model",), "stages.publish"),
+        Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=2),
     )
 }
 

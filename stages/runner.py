@@ -34,6 +34,8 @@ class Surroundings:
     device: str = "cpu"
     scratch: Path | None = None
     """Parent of the scratch folders. None: the system's temporary folder."""
+    tensorboard: Path | None = None
+    """Folder in which training tells its figures as it goes on. None: nowhere."""
     progress: Callable[[Node], AbstractContextManager[Progress]] = field(default=lambda _node: nullcontext(NullProgress()))
 
 
@@ -106,6 +108,7 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 device=surroundings.device,
                 outside=node.outside,
                 progress=progress,
+                tensorboard=surroundings.tensorboard,
                 started=started,
             )
             processes = _processes(node, surroundings)
@@ -135,7 +138,7 @@ def _processes(node: Node, surroundings: Surroundings) -> int:
 def _together(node: Node, inputs: Model, workspace: Workspace, processes: int) -> Manifest:
     from stages.elastic import Task, run_together  # noqa: PLC0415
 
-    return run_together(Task.of(node.stage, node.config, inputs, workspace), processes)
+    return run_together(Task(node.stage, node.config, inputs, workspace), processes)
 
 
 def _inputs(inputs_class: type[Model], node: Node, known: Mapping[str, Manifest]) -> Model:

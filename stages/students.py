@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from schemas.errors import BadInput
 from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
-from stages.diffusion.denoiser import UNetDenoiser
-from stages.diffusion.lora import load_lora, merge_lora, save_lora
+from stages.diffusion.denoiser import Denoiser, UNetDenoiser
+from stages.diffusion.lora import LORA_FILE, load_lora, merge_lora, save_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES
 from stages.training import Row, write_metrics
@@ -46,6 +47,11 @@ def load_student(
     return UNetDenoiser(unet, pipeline.schedule, PREDICTION_TYPES[content.prediction_type])
 
 
+def weight_files(manifest: Manifest[StudentUNet | StudentLoRA]) -> list[str]:
+    """The files that a student is loaded from: not its figures, pictures and report, nor the other weights that lie beside the last."""
+    return [entry.path for entry in manifest.files if entry.path == LORA_FILE or entry.path.startswith(f"{UNET_FOLDER}/")]
+
+
 def save_unet(unet: Any, folder: Path) -> None:
     """Write `unet/` in diffusers' layout, one safetensors file. The bytes depend on configuration and weights alone."""
     target = folder / UNET_FOLDER
@@ -59,11 +65,16 @@ def save_unet(unet: Any, folder: Path) -> None:
 
 def save_student(unet: Any, folder: Path, content: StudentUNet | StudentLoRA, rows: Sequence[Row]) -> None:
     """Write a student's artifact folder: its UNet or its LoRA, and `metrics.parquet`."""
+    save_weights(unet, folder, content)
+    write_metrics(rows, folder / METRICS_FILE)
+
+
+def save_weights(unet: Any, folder: Path, content: StudentUNet | StudentLoRA) -> None:
+    """Write a student's UNet or its LoRA."""
     if isinstance(content, StudentLoRA):
         save_lora(unet, folder)
     else:
         save_unet(unet, folder)
-    write_metrics(rows, folder / METRICS_FILE)
 
 
 def ready_for_training(unet: Any, *, gradient_checkpointing: bool) -> Any:
@@ -74,15 +85,23 @@ def ready_for_training(unet: Any, *, gradient_checkpointing: bool) -> Any:
     return unet
 
 
-def trainable(unet: Any) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, by name: all, or the LoRA's where `add_lora` froze the rest."""
-    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A network in training, as a method sees it."""
 
+    denoiser: Denoiser
+    parameters: Mapping[str, nn.Parameter]
+    """Those that are trained, by name."""
+    tensors: Mapping[str, Tensor]
+    """The live tensors that a checkpoint must hold: the trained parameters, and the buffers."""
 
-def trained_tensors(unet: Any) -> Mapping[str, Tensor]:
-    """The live tensors that training changes: the trainable parameters, and the buffers."""
-    buffers: dict[str, Tensor] = {} if len(trainable(unet)) < len(list(unet.parameters())) else dict(unet.named_buffers())
-    return {name: parameter.detach() for name, parameter in trainable(unet).items()} | buffers
+    @classmethod
+    def of_unet(cls, denoiser: UNetDenoiser) -> "Student":
+        """All of a UNet, or its LoRA where `add_lora` froze the rest."""
+        parameters = {name: parameter for name, parameter in denoiser.unet.named_parameters() if parameter.requires_grad}
+        whole = len(parameters) == len(list(denoiser.unet.parameters()))
+        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+        return cls(denoiser, parameters, tensors | dict(denoiser.unet.named_buffers()) if whole else tensors)
 
 
 def check_teacher(teacher: Manifest[Teacher], latents: Manifest[Latents], *students: Manifest[StudentUNet | StudentLoRA] | None) -> None:

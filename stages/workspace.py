@@ -39,6 +39,8 @@ class Workspace:
     parallel: Parallel = field(default_factory=Parallel)
     """Which process this is of those that make the artifact together. Only the first writes to the store; the others wait for it."""
     progress: Progress = field(default_factory=NullProgress)
+    tensorboard: Path | None = None
+    """Folder in which training tells its figures as it goes on. None: nowhere."""
     started: float = field(default_factory=time.monotonic)
     """`time.monotonic()` at the stage's start."""
 

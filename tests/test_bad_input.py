@@ -313,6 +313,21 @@ CASES = (
         ("lightning.links.1.prediction (line", "'sample'", "a LoRA cannot carry the switch", "expected network: unet"),
     ),
     Case(
+        "start timesteps off the grid of the level that teaches",
+        lambda b: ["plan", b.recipe(lightning={"chain": [64, 16, 4, 1], "adversarial": {"start_timesteps": [250, 999]}})],
+        ("lightning.adversarial.start_timesteps (line", "found [250]", "expected entries of the trailing grid of 4 steps"),
+    ),
+    Case(
+        "a batch that the processes cannot share",
+        lambda b: ["plan", b.recipe(lightning={"chain": [8, 4], "batch_size": 8, "world_size": 3})],
+        ("lightning.world_size (line", "found 3", "expected a divisor of lightning.batch_size = 8"),
+    ),
+    Case(
+        "a phase whose name is no part of a run's",
+        lambda b: ["plan", b.recipe(), "--set", "lightning.adversarial={phases: {LoRA: {objective: conditional, network: lora}}}"],
+        ("lightning.adversarial.phases.LoRA", "(--set)", "found 'LoRA'", "^[a-z][a-z0-9-]"),
+    ),
+    Case(
         "a threshold and nothing that scores",
         lambda b: ["run", b.recipe(ingest={"columns": {"aesthetic": []}})],
         ("select.min_aesthetic", "found 5.5", "expected names in ingest.columns.aesthetic, or measure.aesthetic_predictor, or null"),

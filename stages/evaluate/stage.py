@@ -33,7 +33,7 @@ from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
 from stages.evaluate.summary import Measured, Scores, Sources, summarise
 from stages.selected import SelectedPictures
-from stages.students import load_student
+from stages.students import load_student, weight_files
 from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
 
@@ -130,7 +130,7 @@ def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Wo
     if row.model == TEACHER:
         return pipeline.denoiser()
     manifest = inputs.students[row.model]
-    return load_student(pipeline, manifest, workspace.fetch(manifest))
+    return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 
 
 def _features(name: str, pictures: Callable[[], Iterable[Pixels]], measure: Measure, pieces: Pieces) -> FeatureStatistics:

@@ -1,5 +1,5 @@
 """`lightning`: one link of progressive adversarial distillation (SDXL-Lightning, arXiv 2402.13929)."""
 
-from stages.lightning.stage import Inputs, run
+from stages.lightning.stage import Inputs, preflight, run
 
-__all__ = ["Inputs", "run"]
+__all__ = ["Inputs", "preflight", "run"]

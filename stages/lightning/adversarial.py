@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from schemas.adversarial import AdversarialConfig
 from schemas.lightning import LinkConfig
-from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, Prediction, predict
 from stages.diffusion.discriminator import Discriminator
-from stages.diffusion.schedule import NoiseSchedule, append_dims
+from stages.diffusion.schedule import CLEAN, NoiseSchedule, append_dims
 from stages.diffusion.solvers import ddim_moves, ddim_step
-from stages.lightning.grid import NoisySample, OnStudentGrid
-from stages.training import Draw, Player
+from stages.lightning.grid import NoisySample, OnStudentGrid, implied_x0
+from stages.students import Student
+from stages.training import Draw, Figure, Player, Spread
+from stages.training.figures import shares_by_value
 from stages.training.latent_batches import LatentBatch
 
 STUDENT, DISCRIMINATOR = "student", "discriminator"
@@ -33,6 +34,8 @@ class Judged:
     """Timestep of `real`: t - ns or t*, (B,) long."""
     eps: Tensor | None
     """eps* of the re-noising (B, C, h, w); None where there is none."""
+    reference: Spread
+    """Of the teacher's x0: that which is re-noised, or else the one that a student says whose jump ends where the teacher does."""
 
 
 class AdversarialLink(OnStudentGrid[Judged]):
@@ -46,13 +49,10 @@ class AdversarialLink(OnStudentGrid[Judged]):
         config: LinkConfig,
         *,
         teacher: Denoiser,
-        student: Denoiser,
-        parameters: Mapping[str, nn.Parameter],
-        tensors: Mapping[str, Tensor],
+        student: Student,
         discriminator: Discriminator[Any],
     ) -> None:
-        """`parameters` and `tensors`: the student's that are trained, and those that a checkpoint must hold."""
-        super().__init__(config, teacher=teacher, student=student, parameters=parameters, tensors=tensors)
+        super().__init__(config, teacher=teacher, student=student)
         assert config.adversarial is not None, "an adversarial link"
         self.adversarial: AdversarialConfig = config.adversarial
         self.discriminator = discriminator
@@ -60,6 +60,8 @@ class AdversarialLink(OnStudentGrid[Judged]):
             dict(discriminator.named_parameters()), self.adversarial.optimizer, config.model_copy(update={"ema_decay": None})
         )
         self.players = {DISCRIMINATOR: judged, **self.players}
+        levels = self.adversarial.renoise_timesteps or sorted(set(self._moves[:, -1].tolist()))
+        self._judged_at = {level: "clean" if level == CLEAN else str(level) for level in levels}
         self._late_from = config.training_steps * (1 - self.adversarial.late_fraction)
 
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -76,23 +78,27 @@ class AdversarialLink(OnStudentGrid[Judged]):
         schedule = self.teacher.schedule
         if not self.adversarial.renoise_timesteps:
             moved = ddim_step(x0, eps, *schedule.alpha_sigma(end, x0.ndim, x0.dtype))
-            return Judged(sample, torch.where(arrived, before, moved), end, None)
+            real = torch.where(arrived, before, moved)
+            return Judged(sample, real, end, None, Spread.of(implied_x0(schedule, sample.x_t, sample.timesteps[0], real, end)))
         level = self._levels(draw)
         fresh = draw.normal("renoise", before.shape[1:])
-        return Judged(sample, schedule.add_noise(torch.where(arrived, before, x0), fresh, level), level, fresh)
+        clean = torch.where(arrived, before, x0)
+        return Judged(sample, schedule.add_noise(clean, fresh, level), level, fresh, Spread.of(clean))
 
-    def loss(self, player: str, prepared: Judged, draw: Draw) -> Mapping[str, Tensor]:  # noqa: ARG002
+    def loss(self, player: str, prepared: Judged, draw: Draw) -> Mapping[str, Figure]:  # noqa: ARG002
         """Return the player's loss, and what tells whether the game goes well."""
         sample = prepared.sample
         if player == STUDENT:
             predicted = predict(self.student, sample.x_t, sample.timesteps[0], sample.conditioning)
             loss = generator_loss(self._logits(self._fake(prepared, predicted), prepared))
-            return {"loss": loss, "x0_mean": predicted.x0.mean(), "x0_std": predicted.x0.std()}
+            return {"loss": loss, "x0": Spread.of(predicted.x0), "reference": prepared.reference}
         with torch.no_grad():
             fake = self._fake(prepared, predict(self.student, sample.x_t, sample.timesteps[0], sample.conditioning))
-        real_logits, fake_logits = self._both(prepared.real, fake, prepared)
-        figures = {"loss": discriminator_loss(real_logits, fake_logits)}
-        return figures | {"real_accuracy": (real_logits > 0).float().mean(), "fake_accuracy": (fake_logits < 0).float().mean()}
+        real_logits, fake_logits = self._logits(torch.cat([prepared.real, fake]), prepared).chunk(2)
+        figures: dict[str, Figure] = {"loss": discriminator_loss(real_logits, fake_logits)}
+        for name, right in (("real_accuracy", real_logits > 0), ("fake_accuracy", fake_logits < 0)):
+            figures |= {name: right.float().mean(), **shares_by_value(name, prepared.level, self._judged_at, right)}
+        return figures
 
     def _levels(self, draw: Draw) -> Tensor:
         """t* of every sample, drawn by the weights that hold at this step."""
@@ -111,17 +117,11 @@ class AdversarialLink(OnStudentGrid[Judged]):
         return ddim_step(*student, *schedule.alpha_sigma(prepared.level, student.x0.ndim, student.x0.dtype))
 
     def _logits(self, x_s: Tensor, prepared: Judged) -> Tensor:
+        """Logits of x_s, the batch once or, real and fake, twice."""
         sample = prepared.sample
-        logits: Tensor = self.discriminator(x_s, prepared.level, sample.x_t, sample.timesteps[0], sample.conditioning)
+        level = prepared.level.repeat(len(x_s) // len(prepared.level))
+        logits: Tensor = self.discriminator(x_s, level, sample.x_t, sample.timesteps[0], sample.conditioning)
         return logits
-
-    def _both(self, real: Tensor, fake: Tensor, prepared: Judged) -> tuple[Tensor, Tensor]:
-        """Logits of both in one pass."""
-        sample = prepared.sample
-        level, t, x_t = (torch.cat([one, one]) for one in (prepared.level, sample.timesteps[0], sample.x_t))
-        conditioning = Conditioning.cat([sample.conditioning, sample.conditioning])
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fake]), level, x_t, t, conditioning).chunk(2)
-        return real_logits, fake_logits
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from schemas.lightning import LinkConfig, trailing_timesteps
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.schedule import CLEAN, NoiseSchedule
-from stages.training import Draw, Method, Player
+from stages.students import Student
+from stages.training import Draw, Method, Player, Spread
 from stages.training.latent_batches import LatentBatch
 
 P = TypeVar("P")
@@ -35,6 +36,8 @@ class Target:
     sample: NoisySample
     target: Tensor
     """(B, C, h, w) float32."""
+    reference: Spread
+    """Of the x0 that a student says whose output is the target."""
 
 
 class OnStudentGrid(Method[LatentBatch, P]):
@@ -45,15 +48,13 @@ class OnStudentGrid(Method[LatentBatch, P]):
         config: LinkConfig,
         *,
         teacher: Denoiser,
-        student: Denoiser,
-        parameters: Mapping[str, nn.Parameter],
-        tensors: Mapping[str, Tensor],
+        student: Student,
         unconditional: Conditioning | None = None,
     ) -> None:
-        """`parameters` and `tensors`: the student's that are trained and those that a checkpoint must hold; `unconditional` (1, ...) for guidance."""
-        self.config, self.teacher, self.student, self.unconditional = config, teacher, student, unconditional
-        self.players = {"student": Player.of(parameters, config.optimizer, config)}
-        self._tensors = tensors
+        """`unconditional` (1, ...) for guidance."""
+        self.config, self.teacher, self.student, self.unconditional = config, teacher, student.denoiser, unconditional
+        self.players = {"student": Player.of(student.parameters, config.optimizer, config)}
+        self._tensors = student.tensors
         self._moves = teacher_moves(config.teacher_steps, config.steps, teacher.schedule.num_train_timesteps, config.start_timesteps)
 
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -86,6 +87,12 @@ def teacher_moves(teacher_steps: int, steps: int, train_timesteps: int, starts: 
         raise ValueError(f"timesteps {foreign}: expected entries of the teacher's trailing grid of {teacher_steps} steps")
     padded = (*fine, *[CLEAN] * n)
     return torch.tensor([padded[fine.index(t) : fine.index(t) + n + 1] for t in own])
+
+
+def implied_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
+    """The x0 by which one DDIM jump from x_t at `t` ends at x_s at `s` < t: what a student says that jumps there. Shapes (B, ...), (B,) long."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t, x_t.ndim), schedule.alpha_sigma(s, x_t.ndim)
+    return (sigma_t * x_s - sigma_s * x_t) / (sigma_t * alpha_s - sigma_s * alpha_t)
 
 
 def noisy_input(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:

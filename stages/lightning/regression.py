@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from stages.diffusion.denoiser import predict
 from stages.diffusion.solvers import ddim_moves, ddim_step
-from stages.lightning.grid import OnStudentGrid, Target
-from stages.training import Draw
+from stages.lightning.grid import OnStudentGrid, Target, implied_x0
+from stages.training import Draw, Figure, Spread
 from stages.training.latent_batches import LatentBatch
 
 
@@ -29,14 +28,15 @@ class ProgressiveLink(OnStudentGrid[Target]):
             unconditional=unconditional,
             guidance_scale=self.config.guidance_scale,
         )
-        return Target(sample, target)
+        x0 = implied_x0(self.teacher.schedule, sample.x_t, sample.timesteps[0], target, sample.timesteps[-1])
+        return Target(sample, target, Spread.of(x0))
 
-    def loss(self, player: str, prepared: Target, draw: Draw) -> Mapping[str, Tensor]:  # noqa: ARG002
+    def loss(self, player: str, prepared: Target, draw: Draw) -> Mapping[str, Figure]:  # noqa: ARG002
         """Return the squared error after the student's one jump."""
         sample = prepared.sample
         x0, eps = predict(self.student, sample.x_t, sample.timesteps[0], sample.conditioning)
         jumped = ddim_step(x0, eps, *self.student.schedule.alpha_sigma(sample.timesteps[-1], x0.ndim))
-        return {"loss": mse_loss(jumped, prepared.target), "x0_mean": x0.mean(), "x0_std": x0.std()}
+        return {"loss": mse_loss(jumped, prepared.target), "x0": Spread.of(x0), "reference": prepared.reference}
 
 
 class SampleSwitch(OnStudentGrid[Target]):
@@ -48,10 +48,11 @@ class SampleSwitch(OnStudentGrid[Target]):
     def prepare(self, batch: LatentBatch, draw: Draw) -> Target:
         """Make the frozen network's x0."""
         sample = self.sample(batch, draw)
-        return Target(sample, predict(self.teacher, sample.x_t, sample.timesteps[0], sample.conditioning).x0)
+        x0 = predict(self.teacher, sample.x_t, sample.timesteps[0], sample.conditioning).x0
+        return Target(sample, x0, Spread.of(x0))
 
-    def loss(self, player: str, prepared: Target, draw: Draw) -> Mapping[str, Tensor]:  # noqa: ARG002
+    def loss(self, player: str, prepared: Target, draw: Draw) -> Mapping[str, Figure]:  # noqa: ARG002
         """Return the squared error of x0."""
         sample = prepared.sample
         x0 = predict(self.student, sample.x_t, sample.timesteps[0], sample.conditioning).x0
-        return {"loss": mse_loss(x0, prepared.target), "x0_mean": x0.mean(), "x0_std": x0.std()}
+        return {"loss": mse_loss(x0, prepared.target), "x0": Spread.of(x0), "reference": prepared.reference}

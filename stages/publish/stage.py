@@ -2,9 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from schemas.base import Model
 from schemas.evaluation import PublishConfig
@@ -15,12 +14,14 @@ from stages.evaluate.schedulers import checked_scheduler
 from stages.publish.card import render_card
 from stages.publish.export import check_destination, export_folder
 from stages.publish.variants import DESCRIPTION, TEACHER, Description, TeacherSampling, variant_names, variant_of
+from stages.students import weight_files
 from stages.workspace import Workspace
 
 _PICTURES = ("grid.png", "report.html")
 """Files of the evaluation that the card shows or links to."""
 
 _LEFT_BEHIND = ("README.md", ".gitattributes", "metrics.parquet")
+"""Files of a teacher that are not part of a model."""
 
 
 class Inputs(Model):
@@ -54,7 +55,7 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
             TEACHER, reference["sampler"], scheduler_config, reference["prediction_type"], [reference["timesteps"]]
         )
         if config.include_pipeline:
-            _copy(inputs.teacher, teacher, folder)
+            _copy([entry.path for entry in inputs.teacher.files if entry.path not in _LEFT_BEHIND], teacher, folder)
             of_teacher.save_pretrained(folder / TEACHER / "scheduler")
         variants = {}
         names = variant_names(inputs.students)
@@ -62,7 +63,8 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
             content = manifest.content
             grids = [content.timesteps[steps] for steps in content.steps]
             scheduler = checked_scheduler(node, content.sampler, scheduler_config, content.prediction_type, grids)
-            _copy(manifest, workspace.fetch(manifest), folder / names[node])
+            files = weight_files(manifest)
+            _copy(files, workspace.fetch(manifest, files), folder / names[node])
             scheduler.save_pretrained(folder / names[node] / "scheduler")
             variants[names[node]] = variant_of(manifest, scheduler)
         description = Description(
@@ -87,10 +89,9 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         return made
 
 
-def _copy(manifest: Manifest[Any], source: Path, destination: Path) -> None:
-    """Copy an artifact's files, except those that are not part of a model."""
-    for entry in manifest.files:
-        if entry.path not in _LEFT_BEHIND:
-            target = destination / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / entry.path, target)
+def _copy(paths: Iterable[str], source: Path, destination: Path) -> None:
+    """Copy files of an artifact."""
+    for path in paths:
+        target = destination / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target)

@@ -31,11 +31,13 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     falling_x: bool = False,
+    marks: Sequence[float] = (),
     size: tuple[int, int] = (420, 270),
 ) -> Markup:
     """Draw lines over x and y.
 
     `log_x`: base-2 axis whose ticks are the x values that occur (step counts). `log_y`: base-10 axis. `falling_x`: largest x on the left.
+    `marks`: values of x where something happened, as dashed lines; those beyond the points are left out.
     `size` is the drawing's (width, height) in its own pixels, at which the text is legible. Lines without points are left out; a chart without
     any point is an empty string.
     """
@@ -60,6 +62,11 @@ def line_chart(
     )
     parts.append(f'<text class="axis" x="{width - _RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text>')
     parts.append(f'<text class="axis" x="{_LEFT}" y="{height - 5}">{escape(y_label)}</text>')
+    parts.extend(
+        f'<line class="threshold" x1="{x_axis(x):.1f}" x2="{x_axis(x):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"><title>{_short(x)}</title></line>'
+        for x in marks
+        if xs[0] <= x <= xs[-1]
+    )
     for line in drawn:
         placed = [(x_axis(x), y_axis(y), y) for x, y in sorted(line.points, reverse=falling_x)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed)

@@ -1,22 +1,26 @@
 """The one training loop. It knows players, steps and checkpoints; losses and networks are the method's."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from schemas.errors import RunFailed
 from schemas.training import TrainingConfig
+from stages.training.alarms import Alarm, non_finite, raised
+from stages.training.anchors import Anchors
 from stages.training.checkpoint import Checkpoints
 from stages.training.data import Batches
+from stages.training.events import LiveEvents
+from stages.training.figures import add_mean, to_host
 from stages.training.method import Method
 from stages.training.metrics import Row
 from stages.training.optimization import Updater
 from stages.training.randomness import Draw, derive_seed, deterministic_kernels
+from stages.training.sharding import shares_out
 from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -24,7 +28,20 @@ B = TypeVar("B")
 P = TypeVar("P")
 
 
-def train(
+class Observer(Protocol):
+    """Looks at the networks in training, in the first of several processes, or in all where each holds but a part; it changes nothing of them."""
+
+    @property
+    def every(self) -> int:
+        """Steps between looks; the last step is always looked at."""
+        ...
+
+    def observe(self, step: int, rows: Sequence[Row]) -> Mapping[str, float]:
+        """Figures for the row of `step`, the last of `rows`. Networks hold the weights that would be published now."""
+        ...
+
+
+def train(  # noqa: PLR0915 - a loop is read from top to bottom
     method: Method[B, P],
     read: Callable[[Sequence[int]], B],  # (indices into the set) -> their batch, on the CPU; called by a thread that reads ahead
     samples: int,  # size of the set
@@ -33,14 +50,16 @@ def train(
     *,
     seed: int,  # of data order and noise
     name: str = "checkpoint",  # of this run's parts; a stage that trains twice gives each its own
+    observer: Observer | None = None,  # looks at the networks at intervals
 ) -> list[Row]:
     """Train the method's networks in place, from the newest checkpoint if there is one, and return every step's figures.
 
     A run killed at any moment and called again ends with the same bits. A finished run called again only loads its last checkpoint, which is kept
     until the artifact exists; so a stage of several runs calls them all, in order, always. On return players with a moving average hold it as
     their weights. Where processes train together (`workspace.parallel`) each calls this with the same arguments: every one holds the networks,
-    takes its part of each batch and gets the mean of all gradients; the first saves. Raises `RunFailed`, naming step, player and culprit, when a
-    loss or a gradient is not finite.
+    takes its part of each batch and gets the mean of all gradients; the first saves. An alarm, such as a loss or a gradient that is not finite,
+    raises `RunFailed` with step and culprit, or takes training back (`config.alarms`); then the rows of the steps taken back stay among the others,
+    in the order in which they happened.
     """
     assert samples > 0, "an empty set cannot be trained on"
     assert config.batch_size % (config.accumulation_steps * workspace.parallel.world_size) == 0, (
@@ -49,19 +68,23 @@ def train(
 
     device, parallel = torch.device(workspace.device), workspace.parallel
     seed = derive_seed(seed, name)  # two runs of one stage share no noise
-    updaters = {player: Updater(settings) for player, settings in method.players.items()}
+    updaters = {player: Updater(settings, share_out=shares_out(config, parallel)) for player, settings in method.players.items()}
     checkpoints = Checkpoints(workspace, name, method, updaters)
     batches = Batches(
         read, samples, seed=seed, batch_size=config.batch_size, accumulation_steps=config.accumulation_steps, parallel=parallel
     )
 
     step, rows = checkpoints.resume()  # steps completed, and their figures
+    anchors = Anchors(checkpoints, config.alarms)
     whole = True  # False between the first update of a step and its end, when the weights are those of no completed step
-    with closing(batches), deterministic_kernels():
+    with closing(batches), deterministic_kernels(), live_events(workspace, name) as live:
         try:
             while step < config.training_steps:
+                anchors.keep(step)
                 row: dict[str, float] = {"step": step + 1}
-                draws = [Draw(seed, (step,), positions, device) for positions in batches.positions]
+                alarm: Alarm | None = None
+                noise = anchors.noise_seed(seed)
+                draws = [Draw(noise, (step,), positions, device) for positions in batches.positions]
                 with torch.no_grad(), autocast(config, device):
                     micro_batches = batches.at(step, config.training_steps)
                     prepared = [method.prepare(batch, draw) for batch, draw in zip(micro_batches, draws, strict=True)]
@@ -71,17 +94,18 @@ def train(
                     only_trainable(player, updaters)
                     scalars: Mapping[str, Tensor] = {}
                     for micro, (shared, draw) in enumerate(zip(prepared, draws, strict=True)):
-                        torch.manual_seed(derive_seed(seed, step, turn, parallel.rank, micro, "dropout"))
+                        torch.manual_seed(derive_seed(noise, step, turn, parallel.rank, micro, "dropout"))
                         with autocast(config, device):
                             named = method.loss(player, shared, draw.fold(player, turn))
-                        (named["loss"] / len(prepared)).backward()  # type: ignore[no-untyped-call]
+                        (named["loss"] / len(prepared)).backward()  # type: ignore[operator,union-attr]
                         scalars = add_mean(scalars, named, len(prepared))
 
-                    parallel.average_(updater.gradients().values())
+                    updater.average_gradients(parallel)
                     scalars = parallel.average_scalars(scalars)
                     grad_norm = updater.grad_norm()
                     figures = to_host({**scalars, "grad_norm": grad_norm})
-                    refuse_non_finite(figures, step + 1, player, updater, checkpoints)
+                    if alarm := non_finite(figures, step + 1, player, updater):
+                        break
                     figures["learning_rate"] = updater.learning_rate
                     row |= {f"{player}.{name}": value for name, value in figures.items()}
                     whole = False
@@ -89,14 +113,27 @@ def train(
 
                 rows.append(row)
                 step += 1
+                if alarm := alarm or raised(rows, config.alarms):
+                    row |= alarm.mark
+                    whole = False
+                    step = anchors.roll_back(alarm, rows)
+                    whole = True
+                    continue
+                if observer is not None and (step % observer.every == 0 or step == config.training_steps):
+                    whole = False  # without its figures the row is not complete
+                    row |= look(observer, step, rows, updaters.values(), config=config, workspace=workspace)
                 whole = True
                 report(step, row, config, workspace)
+                if live is not None:
+                    live.add(row)
                 if step % config.checkpoint_every == 0 or step == config.training_steps:
                     checkpoints.save(step, rows)
+                    anchors.forget(step)
         except RunFailed:
             raise  # a run that fails by itself would fail again from here: the last good checkpoint is the one to go back to
         except BaseException:
-            if parallel.leads and whole and step > (checkpoints.newest or 0):
+            # Where each process holds a part, one that stops alone cannot save: the last checkpoint is then what is gone on from.
+            if parallel.leads and whole and not checkpoints.divided and step > (checkpoints.newest or 0):
                 checkpoints.save(step, rows)
                 logger.warning("stopped; the state after step %d is saved, and the same command goes on from there", step)
             raise
@@ -104,6 +141,32 @@ def train(
     for updater in updaters.values():
         updater.use_average()
     return rows
+
+
+@contextmanager
+def live_events(workspace: Workspace, name: str) -> Iterator[LiveEvents | None]:
+    """Where this installation watches training, if it does; the first of several processes tells."""
+    if workspace.tensorboard is None or not workspace.parallel.leads:
+        yield None
+        return
+    live = LiveEvents(workspace.tensorboard / f"{workspace.lineage.node}-{workspace.identity[:12]}" / name)
+    with closing(live):
+        yield live
+
+
+def look(
+    observer: Observer, step: int, rows: Sequence[Row], updaters: Iterable[Updater], *, config: TrainingConfig, workspace: Workspace
+) -> Mapping[str, float]:
+    """The observer's figures; other processes wait for the first, or where it holds but a part of the weights look with it, and get none."""
+    figures: Mapping[str, float] = {}
+    updaters = list(updaters)
+    if workspace.parallel.leads or any(updater.sharded for updater in updaters):
+        with ExitStack() as stack, torch.no_grad(), autocast(config, torch.device(workspace.device)):
+            for updater in updaters:
+                stack.enter_context(updater.averaged())
+            figures = observer.observe(step, rows)
+    workspace.parallel.wait()
+    return figures
 
 
 def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:
@@ -119,27 +182,6 @@ def only_trainable(player: str, updaters: Mapping[str, Updater]) -> None:
                 parameter.requires_grad_(name == player)
 
 
-def add_mean(total: Mapping[str, Tensor], named: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Add one of `count` micro-batches' scalars to their mean, on their device."""
-    return {name: value.detach().float() / count + total.get(name, 0.0) for name, value in named.items()}
-
-
-def to_host(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """Bring a turn's figures to the host: the one point in it at which the host waits for the device."""
-    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
-
-
-def refuse_non_finite(figures: Mapping[str, float], step: int, player: str, updater: Updater, checkpoints: Checkpoints) -> None:
-    """Raise `RunFailed` naming the scalar or the parameter's gradient that is not finite, before it reaches a weight."""
-    if all(map(math.isfinite, figures.values())):
-        return
-    bad_scalars = [f"{name} is {value}" for name, value in figures.items() if name != "grad_norm" and not math.isfinite(value)]
-    bad_gradients = [f"the gradient of {name} is not finite" for name, g in updater.gradients().items() if not torch.isfinite(g).all()]
-    culprit = [*bad_scalars, *bad_gradients, f"the norm of the gradients is {figures['grad_norm']}"][0]
-    kept = "no checkpoint was saved yet" if checkpoints.newest is None else f"the last good checkpoint is that of step {checkpoints.newest}"
-    raise RunFailed(f"step {step}, player {player}: {culprit}; {kept}")
-
-
 def report(step: int, row: Row, config: TrainingConfig, workspace: Workspace) -> None:
     """Tell progress and log."""
     if not workspace.parallel.leads:
@@ -147,4 +189,5 @@ def report(step: int, row: Row, config: TrainingConfig, workspace: Workspace) ->
     figures = {name: value for name, value in row.items() if name != "step"}
     workspace.progress.update(step, config.training_steps, "steps", figures)
     if step % config.log_every == 0:
-        logger.info("step %d/%d%s", step, config.training_steps, "".join(f"  {name} {value:.4g}" for name, value in figures.items()))
+        shown = "".join(f"  {name} {value:.4g}" for name, value in figures.items() if "_at_" not in name)
+        logger.info("step %d/%d%s", step, config.training_steps, shown)

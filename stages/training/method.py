@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 from torch import Tensor, nn
 
 from schemas.training import OptimizerConfig, TrainingConfig
+from stages.training.figures import Figure
 from stages.training.randomness import Draw
 
 B = TypeVar("B")
@@ -61,8 +62,8 @@ class Method(ABC, Generic[B, P]):
         """Compute once what all players of a step need of a micro-batch: noisy samples, the teacher's targets. Runs without gradients."""
 
     @abstractmethod
-    def loss(self, player: str, prepared: P, draw: Draw) -> Mapping[str, Tensor]:
-        """Return named scalars of a micro-batch, each a mean over its samples; `loss` is the one to descend, the others are logged."""
+    def loss(self, player: str, prepared: P, draw: Draw) -> Mapping[str, Figure]:
+        """Return named figures of a micro-batch: `loss`, a scalar, is the one to descend, the others are logged."""
 
     def turns(self, step: int) -> Sequence[Turn]:  # noqa: ARG002 - for methods in which players do not take turns evenly
         """Players to update in a step (0, 1, ...), in order; a name may come more than once."""

@@ -171,3 +171,30 @@ def test_only_the_conditional_one_tells_the_teachers_own_result_from_another_of_
             logit = discriminator(x[:, :1], t[:100], x[:, 1:], t[:100], NOTHING.expand(100))
             torch.testing.assert_close(logit, joint.log_prob(x) - apart.log_prob(x), rtol=0.05, atol=0.05)
     assert preferred > 0.7 if conditional else abs(preferred - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_x_t_is_looked_at_once_however_many_are_judged_given_it(frozen: bool) -> None:
+    """Logits and gradients are those of judging each by itself; in the student's turn nothing flows back through x_t."""
+    torch.manual_seed(0)
+    layer, seen = nn.Linear(3, 4), []
+
+    def encoder(x: Tensor, timesteps: Tensor, _conditioning: Conditioning) -> Tensor:
+        features = torch.tanh(layer(torch.cat([x, timesteps[:, None] / 1000], 1)))
+        seen.append((len(x), features.requires_grad))
+        return features
+
+    discriminator = Discriminator(encoder, nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)), conditional=True)
+    x_t, t, s = torch.randn(5, 2), torch.full((5,), 800), torch.full((5,), 300)
+    real, fake = torch.randn(5, 2), torch.randn(5, 2, requires_grad=frozen)
+    conditioning = NOTHING.expand(5)
+    apart = torch.cat([discriminator(x, s, x_t, t, conditioning) for x in (real, fake)])
+    wanted = fake if frozen else layer.weight
+    (expected,) = torch.autograd.grad(apart.square().sum(), wanted)
+    seen.clear()
+    layer.requires_grad_(not frozen)
+    together = discriminator(torch.cat([real, fake]), s.repeat(2), x_t, t, conditioning)
+    (found,) = torch.autograd.grad(together.square().sum(), wanted)
+    assert seen == ([(10, True), (5, False)] if frozen else [(15, True)])
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(found, expected)

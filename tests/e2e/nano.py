@@ -25,10 +25,17 @@ from tests import tiny_pipelines
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("ingest", "measure", "select", "teacher", "encode", "lightning-8-4", "lightning-4-2", "lcm", "evaluate", "publish")
 """The runs of the recipe in order."""
+CHAIN = (
+    *("lightning-32-16-lora", "lightning-32-16-unet"),
+    *(f"lightning-{link}-{phase}" for link in ("16-8", "8-4", "4-2") for phase in ("conditional", "lora", "unet")),
+    *("lightning-2-1-conditional", "lightning-2-1-unet"),
+)
+"""The runs of the adversarial recipe's chain in order."""
+ADVERSARIAL_NODES = (*NODES[:5], *CHAIN, *NODES[-3:])
 POLL_SECONDS = 0.005
 _COMMAND = "from flows.cli import main; main()"
 _MARK = "DISTILL_TEST_COMMAND"
-_LIMIT_SECONDS = 180
+_LIMIT_SECONDS = 600
 _TRAINING = {"training_steps": 12, "batch_size": 4, "checkpoint_every": 4, "log_every": 4}
 
 
@@ -74,6 +81,24 @@ def write_recipe(folder: Path, port: int) -> Path:
     return path
 
 
+def write_adversarial(recipe: Path) -> Path:
+    """Write the recipe with a chain of adversarial phases, every kind of them, beside it."""
+    settings = yaml.safe_load(recipe.read_text())
+    settings["lightning"] = _TRAINING | {
+        "chain": [32, 16, 8, 4, 2, 1],
+        "checkpoint_every": 3,
+        "ema_decay": 0.9,
+        "lora_rank": 4,
+        "lora_alpha": 4,
+        "optimizer": {"learning_rate": 1e-4},
+        "adversarial": {"lora_learning_rate": 1e-4, "unet_learning_rate": 1e-4, "conversion_steps": 6},
+    }
+    settings["publish"] = {"name": "nano-lightning"}
+    path = recipe.with_name("nano-lightning.yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
 @dataclass(frozen=True)
 class Place:
     """A store, with a read cache and a folder for temporary files of its own, and the command line working there."""
@@ -89,21 +114,25 @@ class Place:
     def store(self) -> ArtifactStore:
         return ArtifactStore.open(self.address)
 
-    def start(self, *arguments: str) -> "Command":
-        """Start `distill ARGUMENTS` in a process group of its own."""
-        (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        mark = uuid.uuid4().hex
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """Environment of a process that works here."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DISTILL", "AWS"))}
-        environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1", _MARK: mark}
+        environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
         environment |= {"PREFECT_API_URL": self.server, "PREFECT_HOME": str(self.folder / "prefect")}
         environment |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "TMPDIR": str(self.folder / "tmp")}
-        environment |= {"DISTILL_STORE_ADDRESS": self.address, **self.environment}
+        return environment | {"DISTILL_STORE_ADDRESS": self.address, **self.environment}
+
+    def start(self, *arguments: str, program: str = _COMMAND) -> "Command":
+        """Start `distill ARGUMENTS`, or another program, in a process group of its own."""
+        (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        mark = uuid.uuid4().hex
         output, log = self.folder / f"{mark}.out", self.folder / f"{mark}.log"
         with output.open("wb") as stdout, log.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, *arguments],
+                [sys.executable, "-c", program, *arguments],
                 cwd=self.folder,
-                env=environment,
+                env=self.surroundings | {_MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -111,9 +140,9 @@ class Place:
             )
         return Command(process, mark, output, log)
 
-    def run(self, *arguments: str) -> "Command":
-        """Run `distill ARGUMENTS` to its end, which must be good."""
-        command = self.start(*arguments)
+    def run(self, *arguments: str, program: str = _COMMAND) -> "Command":
+        """Run `distill ARGUMENTS`, or another program, to its end, which must be good."""
+        command = self.start(*arguments, program=program)
         assert command.wait() == 0, command.told
         return command
 
@@ -142,7 +171,7 @@ class Command:
     @property
     def started(self) -> list[str]:
         """Names of the runs whose stages it has started, in order."""
-        return re.findall(r"(\S+): started [0-9a-f]{12}\b", self.told)
+        return started_runs(self.told)
 
     def wait(self) -> int:
         """Wait for its end; its exit code. Whatever it started has to have ended with it."""
@@ -181,6 +210,11 @@ class Command:
             except OSError:  # ended, or another user's
                 continue
         return found
+
+
+def started_runs(told: str) -> list[str]:
+    """Names of the runs whose stages a log says were started, in order."""
+    return re.findall(r"(\S+): started [0-9a-f]{12}\b", told)
 
 
 def assert_whole(place: Place) -> None:

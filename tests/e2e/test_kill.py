@@ -88,11 +88,11 @@ class Moment:
     begun: float = field(default_factory=time.monotonic)
 
     def has_come(self) -> bool:
-        """True when the fraction of the time is over, the downloader runs (`ingest`), and a new piece is kept (while there is time for that)."""
+        """True when the fraction of the time is over, the downloader runs (`ingest`), and a new piece is kept."""
         name, identity = self.expected.lineage.node, self.expected.identity
         if name == "ingest" and not any("downloader.py" in line for line in self.command.processes().values()):
             return False
-        if name in IN_PIECES and self.fraction == FRACTIONS[0] and {part.name for part in self.place.store.parts(identity)} <= self.before:
+        if name in IN_PIECES and {part.name for part in self.place.store.parts(identity)} <= self.before:
             return self.place.store.find(identity) is not None  # too late: pieces go once the artifact is there
         return time.monotonic() - self.begun >= self.fraction * self.expected.lineage.cost.wall_seconds
 

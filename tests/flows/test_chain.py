@@ -202,6 +202,7 @@ def test_names_of_links_show_what_learns_from_what() -> None:
     from stages.plan import Node
 
     assert title(Node("lightning-8-4", "lightning", SelectConfig(), 0)) == "lightning 8→4"
+    assert title(Node("lightning-128-32-unet", "lightning", SelectConfig(), 0)) == "lightning 128→32 unet"
     assert title(Node("train-teacher", "train-teacher", SelectConfig(), 0)) == "train-teacher"
 
 

@@ -15,6 +15,8 @@ import yaml
 from flows.cli import main
 from tests.flows.conftest import ToyChain
 
+ROOT = Path(__file__).resolve().parents[2]
+
 ALL = ("ingest", "measure", "select", "teacher", "encode")
 
 
@@ -100,6 +102,52 @@ def test_plan_says_what_encode_takes_on_disk(chain: ToyChain, capsys: pytest.Cap
     assert distill("plan", chain.recipe_file()) == 0
     sentence = f"encode: 3.1 KB text + 1.0 KB latents a sample: {samples} samples"
     assert sentence in " ".join(capsys.readouterr().out.split())
+
+
+def test_plan_says_what_training_takes_of_a_devices_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table.csv").write_text("url,caption\n")
+    arguments = [
+        "plan",
+        str(ROOT / "recipes" / "tiny.yaml"),
+        "--store",
+        str(tmp_path / "store"),
+        "--set",
+        f"ingest.table={tmp_path / 'table.csv'}",
+    ]
+    arguments += ["--set", "lightning.chain=[8, 4]", "--set", "lightning.links={}"]
+    teacher = f"teacher.source={ROOT / 'recipes' / 'tiny_teacher'}"
+
+    def memory(*more: str) -> dict[str, dict[str, int]]:
+        capsys.readouterr()
+        assert distill(*arguments, "--json", "--set", teacher, *more) == 0
+        return {row["name"]: row["memory"] for row in json.loads(capsys.readouterr().out)["stages"]}
+
+    alone = memory()
+    assert {name for name, found in alone.items() if found is not None} == {"lightning-8-4", "lcm"}
+    one = alone["lightning-8-4"]
+    parameters = one["student_bytes"]
+    assert (one["teacher_bytes"], one["gradients_bytes"], one["optimizer_bytes"]) == (parameters, parameters, 2 * parameters)
+    assert one["peak_bytes"] == sum(size for name, size in one.items() if name not in ("peak_bytes", "processes"))
+    four = memory("--set", "lightning.world_size=4", "--set", "lightning.sharding=full")["lightning-8-4"]
+    assert (four["student_bytes"], four["optimizer_bytes"], four["teacher_bytes"]) == (parameters // 4, parameters // 2, parameters)
+    assert one["activations_bytes"] / four["activations_bytes"] == pytest.approx(4, rel=0.05)
+    zero = memory(
+        "--set", "lightning.world_size=4", "--set", "lightning.sharding=optimizer", "--set", "lightning.teacher_precision=bfloat16"
+    )
+    assert (zero["lightning-8-4"]["optimizer_bytes"], zero["lightning-8-4"]["student_bytes"]) == (parameters // 2, parameters)
+    assert zero["lightning-8-4"]["teacher_bytes"] == parameters // 2
+    assert distill(*arguments, "--set", teacher) == 0
+    assert "memory: at most" in " ".join(capsys.readouterr().out.split())
+    arguments[1] = str(ROOT / "recipes" / "tiny-teacher.yaml")  # from which the tiny teacher is
+    capsys.readouterr()
+    assert distill(*arguments, "--json", "--set", "lightning.batch_size=16") == 0
+    trained = {row["name"]: row["memory"] for row in json.loads(capsys.readouterr().out)["stages"]}
+    assert trained["lightning-8-4"] == one, "of a teacher that is yet to be trained"
+    arguments[1] = str(ROOT / "recipes" / "tiny.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights.bin").write_bytes(b"x")
+    assert distill(*arguments, "--set", f"teacher.source={tmp_path / 'elsewhere'}") == 0
+    assert "memory: of training is known once the teacher's configuration files are here" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_stage_with_a_given_input_is_another_artifact(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:

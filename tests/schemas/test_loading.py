@@ -8,8 +8,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from schemas.errors import BadInput
+from schemas.lightning import LightningConfig, LinkConfig
 from schemas.loading import load_recipe, parse_recipe, read_recipe
 from schemas.recipe import Recipe
 
@@ -83,6 +85,11 @@ def test_all_mistakes_at_once_with_path_line_value_and_expectation() -> None:
             ("{training_steps: 5}", "{batch_size: 3}\n  accumulation_steps: 2"),
             "lightning.links.4.batch_size (line 9): found 3; expected a multiple",
         ),
+        (("{training_steps: 5}", "{}\n  world_size: 3"), "lightning.world_size (line 10): found 3; times lightning.accumulation_steps = 1"),
+        (
+            ("{training_steps: 5}", "{batch_size: 6}\n  world_size: 4"),
+            "lightning.links.4.batch_size (line 9): found 6; expected a multiple of lightning.accumulation_steps = 1 times lightning.world_size = 4",
+        ),
         (("table: images.parquet", "columns: {aesthetic: []}"), "select.min_aesthetic: found 5.5; a threshold needs a score"),
         (("table: images.parquet", "columns: {aesthetic: []}"), "ingest.table (line 2): missing; expected a value"),
         (("evaluate: {}\n", ""), "publish (line 10): found 'small'; the model card needs figures: expected a section evaluate"),
@@ -98,6 +105,78 @@ def test_each_mistake_names_its_place(edit: tuple[str, str], expected: str) -> N
     assert GOOD.count(edit[0]) == 1
     found = mistakes_of(GOOD.replace(*edit))
     assert any(expected in line for line in found), found
+
+
+ADVERSARIAL = GOOD.replace("chain: [8, 4]", "chain: [64, 16, 4, 1]").replace("{training_steps: 5}", "{}")
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("{renoise_weights: [1, 1]}", "renoise_weights (line 10): found [1.0, 1.0]; expected 4, one for each of renoise_timesteps"),
+        ("{renoise_timesteps: [10, 249]}", "late_renoise_weights (line 10): found [5, 1, 1, 1]; expected 2"),
+        ("{phases: {}}", "phases (line 10): found {}; expected at least one phase"),
+        (
+            "{start_timesteps: [250, 999]}",
+            "start_timesteps (line 10): found [250]; the student of 1 steps learns from one of 4: expected entries of the trailing grid of 4 steps",
+        ),
+        ("{teachers: {1: 64}}", "teachers.1 (line 10): found 64; expected a step count of [16, 4, 1] to learn from one above it"),
+        (
+            "{first_phases: {a: {objective: conditional, network: unet}}}",
+            "first_phases.a.objective (line 10): found 'conditional'; the first link absorbs the guidance",
+        ),
+        (
+            "{one_step_phases: {a: {objective: unconditional, network: lora}}}",
+            "one_step_phases.a.network (line 10): found 'lora'; a LoRA cannot carry the switch of 1 steps to x0-prediction",
+        ),
+        (
+            "{phases: {a: {objective: conditional, network: lora, training_steps: 3}}}\n  warmup_steps: 3",
+            "phases.a.training_steps (line 10): found 3; the phase would end inside its warm-up",
+        ),
+        ("{conversion_steps: 3}\n  warmup_steps: 3", "conversion_steps (line 10): found 3; the conversion would end inside its warm-up"),
+        ("{}\n  network: lora", "lightning.network (line 11): found 'lora'; the phases of lightning.adversarial say what is trained"),
+    ],
+)
+def test_each_mistake_of_an_adversarial_chain_names_its_place(section: str, expected: str) -> None:
+    read_recipe(ADVERSARIAL.replace("    4: {}", "    4: {}\n  adversarial: {}"))
+    found = mistakes_of(ADVERSARIAL.replace("    4: {}", f"    4: {{}}\n  adversarial: {section}"))
+    assert any(expected in line for line in found), found
+
+
+def test_phases_alone_say_what_is_trained() -> None:
+    text = ADVERSARIAL.replace("    4: {}", "    4: {network: unet, learning_rate: 1.0e-3}\n  adversarial: {}")
+    found = mistakes_of(text)
+    assert any("lightning.links.4.network (line 9): found 'unet'; the phases" in line for line in found), found
+    assert any("lightning.links.4.learning_rate (line 9): found 0.001; adversarial phases have the rates" in line for line in found), found
+
+
+def test_a_teacher_is_not_trained_in_pieces() -> None:
+    (line,) = mistakes_of((ROOT / "recipes" / "tiny-teacher.yaml").read_text(), "train_teacher.training.sharding=full")
+    assert "train_teacher.training.sharding (--set): found 'full'; a teacher trained here is small" in line
+
+
+def test_the_papers_start_timesteps_lie_on_the_grids_of_its_teachers() -> None:
+    chain = LightningConfig.model_validate({"adversarial": {}})
+    few = {run.config.steps: run.config for run in chain.runs() if run.config.start_timesteps}
+    assert {steps: config.teacher_steps for steps, config in few.items()} == {2: 8, 1: 4}
+    for config in few.values():
+        assert LinkConfig.model_validate(config.model_dump()) == config
+    with pytest.raises(ValidationError, match="expected entries of the trailing grid of 4 steps, the teacher's"):
+        LinkConfig.model_validate(config.model_dump() | {"start_timesteps": (124,)})
+
+
+def test_the_papers_optimisers_are_the_defaults() -> None:
+    """SDXL-Lightning 3.6; the conversion, which is a squared error, as the links with one."""
+    for run in LightningConfig.model_validate({"adversarial": {}}).runs():
+        config = run.config
+        mse = config.steps == 32
+        rate = 1e-5 if mse else 1e-6 if config.network == "lora" else 5e-7
+        assert (config.optimizer.learning_rate, config.optimizer.betas) == (rate, (0.9, 0.999) if mse else (0.0, 0.99))
+        assert (config.adversarial is None) == mse
+        assert config.adversarial is None or config.adversarial.optimizer == config.optimizer
+        if config.steps == 1:
+            assert config.conversion_optimizer is not None
+            assert (config.conversion_optimizer.learning_rate, config.conversion_optimizer.betas) == (1e-5, (0.9, 0.999))
 
 
 @pytest.mark.parametrize(

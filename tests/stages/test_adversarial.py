@@ -15,8 +15,9 @@ from stages.diffusion.schedule import CLEAN
 from stages.diffusion.solvers import ddim_moves, ddim_step
 from stages.lightning.adversarial import DISCRIMINATOR, STUDENT, AdversarialLink, Judged
 from stages.training import Draw, train
+from stages.training.figures import scalars, to_host
 from stages.training.latent_batches import LatentBatch, reader
-from tests.stages.test_lightning import CPU, MEANS, SCHEDULE, MixtureSet, SmallStudent, config, mixture
+from tests.stages.test_lightning import CPU, MEANS, SCHEDULE, MixtureSet, SmallStudent, config, in_training, mixture
 from tests.training.toys import make_workspace
 
 STARTS = (999, 749, 499, 249)
@@ -46,9 +47,7 @@ def a_link(settings: LinkConfig, kind: str = "epsilon") -> AdversarialLink:
     return AdversarialLink(
         settings,
         teacher=mixture(),
-        student=student,
-        parameters=dict(student.named_parameters()),
-        tensors=student.state_dict(),
+        student=in_training(student),
         discriminator=small_discriminator(settings.adversarial.conditional),
     )
 
@@ -91,8 +90,8 @@ def test_the_students_jump_is_judged_at_the_same_place() -> None:
         torch.testing.assert_close(fake, jumped, rtol=1e-5, atol=1e-5)
     for x_s, s, x_t, t, conditioning in seen:
         copies = len(x_s) // 64
-        assert torch.equal(s, made.level.repeat(copies)) and torch.equal(t, sample.timesteps[0].repeat(copies))
-        assert torch.equal(x_t, sample.x_t.repeat(copies, 1, 1, 1)) and conditioning.batch == len(x_s)
+        assert torch.equal(s, made.level.repeat(copies)) and t is sample.timesteps[0]
+        assert x_t is sample.x_t and conditioning is sample.conditioning
 
 
 def test_renoised_predictions_share_their_noise_and_level() -> None:
@@ -143,11 +142,47 @@ def test_each_players_gradient_reaches_its_own_parameters(tmp_path: Path) -> Non
     assert list(link.turns(0)) == [DISCRIMINATOR, STUDENT]
     for name, tensors in link.state().items():
         assert not any(torch.equal(before[name][key], value) for key, value in tensors.items() if value.is_floating_point()), name
-    told = {"loss", "grad_norm", "learning_rate"}
+    told, levels = {"loss", "grad_norm", "learning_rate"}, ("clean", "249", "499", "749")
     assert {key for key in rows[0] if key != "step"} == {
         *(f"{DISCRIMINATOR}.{figure}" for figure in told | {"real_accuracy", "fake_accuracy"}),
-        *(f"{STUDENT}.{figure}" for figure in told | {"x0_mean", "x0_std"}),
+        *(f"{DISCRIMINATOR}.{which}_accuracy_at_{level}" for which in ("real", "fake") for level in levels),
+        *(f"{STUDENT}.{figure}" for figure in told | {"x0_mean", "x0_std", "reference_mean", "reference_std"}),
     }
+
+
+def test_accuracy_is_told_by_the_level_that_is_judged(tmp_path: Path) -> None:
+    """Each level's share over its own samples; together they are the whole batch's. Most steps of a small batch lack a level: no figure there."""
+    levels = (10, 249, 499, 749)
+    chosen = settings(4, 1, STARTS, renoise_timesteps=levels).model_copy(update={"training_steps": 6, "batch_size": 3})
+    link = a_link(chosen)
+    seen: list[tuple[Tensor, Tensor]] = []
+    both = link._logits
+
+    def overheard(x_s: Tensor, made: Judged) -> Tensor:
+        logits = both(x_s, made)
+        if len(x_s) == 2 * len(made.level):  # the discriminator's turn: real and fake
+            seen.append((made.level, logits.detach().chunk(2)[1]))
+        return logits
+
+    link._logits = overheard  # type: ignore[method-assign]
+    rows = train(link, reader(MixtureSet()), 512, chosen, make_workspace(tmp_path), seed=1)
+    for row, (level, logits) in zip(rows, seen, strict=True):
+        for one in levels:
+            here = logits[level == one]
+            expected = pytest.approx(float((here < 0).float().mean())) if len(here) else None
+            assert row.get(f"discriminator.fake_accuracy_at_{one}") == expected
+    assert any(set(level.tolist()) != set(levels) for level, _ in seen)
+
+
+def test_the_reference_is_what_a_perfect_student_would_say() -> None:
+    """With n = 1 the student that is the teacher jumps as the teacher does: both have the same x0, and so the same mean and deviation."""
+    for chosen in (settings(4, 4), settings(1, 1, renoise_timesteps=(10, 249, 499, 749))):
+        link = a_link(chosen)
+        link.student = link.teacher
+        made, _ = prepared(link)
+        figures = to_host(scalars(link.loss(STUDENT, made, Draw(1, (0,), range(64), CPU))))
+        assert figures["x0_std"] == pytest.approx(figures["reference_std"], rel=1e-4)
+        assert figures["x0_mean"] == pytest.approx(figures["reference_mean"], abs=1e-4)
 
 
 @pytest.mark.parametrize("conditional", [True, False])

@@ -22,6 +22,7 @@ from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
 from stages.diffusion.schedule import NoiseSchedule
 from stages.diffusion.solvers import boundary_scalings
 from stages.lcm import ConsistencyDistillation
+from stages.students import Student
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
 from tests.tiny_pipelines import DDIMScheduler
@@ -78,9 +79,7 @@ def a_method(settings: LcmConfig, kind: str) -> tuple[ConsistencyDistillation, S
     method = ConsistencyDistillation(
         settings,
         teacher=teacher,
-        student=student,
-        parameters=dict(student.named_parameters()),
-        tensors=student.state_dict(),
+        student=Student(student, dict(student.named_parameters()), student.state_dict()),
         unconditional=NULL,
         as_teacher=nullcontext,
     )

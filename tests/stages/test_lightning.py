@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from stages.diffusion.schedule import CLEAN, NoiseSchedule
 from stages.diffusion.solvers import ddim_moves
 from stages.lightning.grid import teacher_moves
 from stages.lightning.regression import ProgressiveLink, SampleSwitch
-from stages.students import load_student
+from stages.students import Student, load_student
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
+from stages.training.metrics import read_metrics
 from tests.tiny_pipelines import DDIMScheduler, UNet2DConditionModel
 from tests.training import artifacts
 from tests.training.killing import killed_and_resumed
@@ -92,13 +94,13 @@ class MixtureSet:
         return self.latents[indices], classes(self.components[indices])  # type: ignore[index]
 
 
+def in_training(network: Any) -> Student:
+    return Student(network, dict(network.named_parameters()), network.state_dict())
+
+
 def a_link(settings: LinkConfig, kind: str = "epsilon", unconditional: Conditioning | None = None) -> tuple[ProgressiveLink, SmallStudent]:
     student = SmallStudent(trailing_timesteps(settings.steps), PREDICTION_TYPES[kind])
-    parameters = dict(student.named_parameters())
-    link = ProgressiveLink(
-        settings, teacher=mixture(kind), student=student, parameters=parameters, tensors=student.state_dict(), unconditional=unconditional
-    )
-    return link, student
+    return ProgressiveLink(settings, teacher=mixture(kind), student=in_training(student), unconditional=unconditional), student
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -226,9 +228,7 @@ def test_a_small_student_learns_the_jump(tmp_path: Path) -> None:
 def test_the_switch_teaches_x0(tmp_path: Path, kind: str) -> None:
     settings = config(2, 1, prediction="sample", training_steps=300, batch_size=64, optimizer=OptimizerConfig(learning_rate=1e-2))
     student = SmallStudent((999,), PREDICTION_TYPES["sample"])
-    switch = SampleSwitch(
-        settings, teacher=mixture(kind), student=student, parameters=dict(student.named_parameters()), tensors=student.state_dict()
-    )
+    switch = SampleSwitch(settings, teacher=mixture(kind), student=in_training(student))
     data = MixtureSet()
     prepared = switch.prepare(LatentBatch(*data.samples(list(range(8)))), Draw(1, (0,), range(8), CPU))
     x_t, t = prepared.sample.x_t, prepared.sample.timesteps[0]
@@ -260,7 +260,8 @@ def test_a_chain_of_loras_then_unets_down_to_one_step(sdxl: tuple[Path, Manifest
     eight = run_link(sdxl, config(16, 8, guidance_scale=6.0, **lora))
     four = run_link(sdxl, config(8, 4, **lora), eight)
     two = run_link(sdxl, config(4, 2, gradient_checkpointing=True, ema_decay=0.9), four)
-    one = run_link(sdxl, config(2, 1, prediction="sample", conversion_steps=4), two)
+    faster = OptimizerConfig(learning_rate=4e-3)
+    one = run_link(sdxl, config(2, 1, prediction="sample", conversion_steps=4, conversion_optimizer=faster), two)
     assert [student.content.kind for student in (eight, four, two, one)] == ["student_lora"] * 2 + ["student_unet"] * 2
     assert [student.content.prediction_type for student in (eight, four, two, one)] == ["epsilon"] * 3 + ["sample"]
     assert one.content.timesteps == {1: (999,)}
@@ -281,6 +282,9 @@ def test_a_chain_of_loras_then_unets_down_to_one_step(sdxl: tuple[Path, Manifest
     assert not torch.equal(ours, before)
     unet = UNet2DConditionModel.from_pretrained(store.fetch(one), subfolder="unet")
     assert torch.equal(load_student(pipeline, one, store.fetch(one)).unet.conv_in.weight, unet.conv_in.weight)
+    conversion = read_metrics(store.fetch(one) / "conversion.parquet")
+    assert [row["student.learning_rate"] for row in conversion] == [4e-3] * 4
+    assert [entry.path for entry in two.files if entry.path == "conversion.parquet"] == []
     for student in (two, one):
         assert str(folder) not in (store.fetch(student) / "unet" / "config.json").read_text()
 

@@ -24,6 +24,7 @@ from stages.evaluate.samples import Sampler
 from stages.publish.export import check_destination
 from stages.sample import open_published, read_description, sample
 from stages.students import load_student
+from tests.cards import run_snippet, snippets
 from tests.distilled import CAPTIONS, Chain
 from tests.tiny_pipelines import Kind
 from tests.workspaces import make_workspace, open_store
@@ -72,21 +73,8 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     yield Published(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def _snippets(card: str) -> dict[str, str]:
-    """Code of the card by the heading above it."""
-    return dict(re.findall(r"^#+ ([^\n]+)\n\n```python\n(.*?)\n```", card, flags=re.M | re.S))
-
-
 def _as_on_the_card(published: Published, folder: Path, monkeypatch: pytest.MonkeyPatch, heading: str) -> dict[str, Any]:
-    """Run a snippet word for word, beside a folder of the model's name."""
-    model = folder / PUBLISH.name
-    if not model.exists():
-        model.symlink_to(published.folder)
-    monkeypatch.chdir(folder)
-    code = _snippets((published.folder / "README.md").read_text())[heading]
-    names: dict[str, Any] = {}
-    exec(compile(code, heading, "exec"), names)
-    return names
+    return run_snippet(published.folder, PUBLISH.name, heading, folder, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -230,5 +218,5 @@ def test_a_teacher_alone_is_published_and_sampled(published: Published, tmp_path
     manifest = publish.run(PUBLISH, inputs, make_workspace(tmp_path, chain.store, identity="teacher published"))
     folder = chain.store.fetch(manifest)
     assert manifest.content.variants == {}
-    assert list(_snippets((folder / "README.md").read_text())) == ["The pipeline"]
+    assert list(snippets((folder / "README.md").read_text())) == ["The pipeline"]
     assert sample(folder, "red apple", steps=2).size == (16, 16)

@@ -29,17 +29,18 @@ def workspace(folder: Path, *, config: Model, seed: int = 3) -> Workspace:
     return Workspace(open_store(folder), identity, _lineage(), scratch, seed=seed)
 
 
-def make_teacher(folder: Path, kind: tiny_pipelines.Kind) -> Manifest[Teacher]:
-    source = tiny_pipelines.save(kind, folder / f"teacher-{kind}")
+def make_teacher(folder: Path, kind: tiny_pipelines.Kind | Path) -> Manifest[Teacher]:
+    """A random teacher of a kind, or the one in a folder."""
+    source = kind if isinstance(kind, Path) else tiny_pipelines.save(kind, folder / f"teacher-{kind}")
     teacher = TeacherPipeline.load(source)
     content = Teacher(
         architecture=teacher.architecture,
         prediction_type=teacher.prediction.name,  # type: ignore[arg-type]
         resolution=teacher.resolution,
-        weights_digest=digest(kind),
+        weights_digest=digest(str(kind)),
         parameters={},
     )
-    return open_store(folder).publish(source, identity=digest(["teacher", kind]), content=content, lineage=_lineage())
+    return open_store(folder).publish(source, identity=digest(["teacher", str(kind)]), content=content, lineage=_lineage())
 
 
 def make_latents(folder: Path, teacher: Manifest[Teacher]) -> Manifest[Latents]:

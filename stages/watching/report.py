@@ -1,0 +1,175 @@
+"""The report of a training: one HTML file that asks nothing of any server. Equal figures and pictures give equal bytes."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from schemas.manifest import Lineage, StudentLoRA, StudentUNet
+from schemas.training import StudentTraining
+from stages.reports.charts import Series, line_chart, swatch
+from stages.reports.page import data_uri, grouped, page_environment, plural
+from stages.training import Row
+from stages.training.alarms import COLUMN
+from stages.training.metrics import columns, kept_rows, thinned
+from stages.watching.look import FID, Seen
+
+_COLOURS: Final = 6
+_SHOWN: Final = 12
+"""Looks and lines of a chart by level that are shown at most, evenly chosen."""
+_EXACT_BYTES: Final = 150_000
+"""Larger strips are shown as WebP, so that a report stays below a few megabytes."""
+
+_LATENTS: Final = {"x0": "student", "reference": "reference"}
+
+
+def render_report(
+    content: StudentUNet | StudentLoRA,
+    rows: Sequence[Row],
+    config: StudentTraining,
+    lineage: Lineage,
+    seen: Seen | None,
+    *,
+    converted: Sequence[Row] = (),
+) -> str:
+    """Return the page for every step's figures, in the order in which they happened."""
+    kept = kept_rows(rows)
+    alarms = _alarms(rows)
+    marks = [float(alarm["step"]) for alarm in alarms]
+    return (
+        page_environment("stages.watching")
+        .get_template("report.html.j2")
+        .render(
+            content=content,
+            node=lineage.node,
+            batch_size=config.batch_size,
+            tiles=_tiles(kept, alarms, seen),
+            alarms=alarms,
+            sections=[section for section in _sections(kept, marks, seen, converted) if section["charts"]],
+            looks=None if seen is None else _looks(seen),
+            inputs=sorted(lineage.inputs.items()),
+            config=yaml.safe_dump({lineage.stage: config.identity_fields()}, sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every alarm, with the step that training went back to."""
+    found = []
+    for row, following in pairwise(rows):
+        names = [name.removeprefix(COLUMN) for name in row if name.startswith(COLUMN)]
+        if names:
+            found.append({"step": int(row["step"]), "name": names[0], "back_to": int(following["step"]) - 1})
+    return found
+
+
+def _tiles(kept: Sequence[Row], alarms: Sequence[Mapping[str, Any]], seen: Seen | None) -> list[dict[str, str]]:
+    last = kept[-1]
+    tiles = [{"label": "steps", "value": grouped(int(last["step"])), "note": plural(len(alarms), "roll-back") if alarms else "no alarm"}]
+    if seen is not None:
+        tiles.append({"label": "FID to teacher, last", "value": _figure(last[FID]), "note": plural(len(seen.strips), "look")})
+        tiles.append({"label": "FID to teacher, lowest", "value": _figure(seen.best_fid), "note": f"step {grouped(seen.best_step)}"})
+    if "student.loss" in last:
+        tiles.append({"label": "student's loss", "value": _figure(last["student.loss"]), "note": "last step"})
+    if last.get("student.reference_std"):
+        ratio = last["student.x0_std"] / last["student.reference_std"]
+        tiles.append({"label": "deviation of latents", "value": _figure(ratio), "note": "student's to the reference's"})
+    return tiles
+
+
+def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, converted: Sequence[Row]) -> list[dict[str, Any]]:
+    names = columns(kept)
+    losses = {name: name.partition(".")[0] for name in names if name.endswith(".loss")}
+    norms = {name: name.partition(".")[0] for name in names if name.endswith(".grad_norm")}
+    rates = {name: name.partition(".")[0] for name in names if name.endswith(".learning_rate")}
+    accuracy = {f"discriminator.{which}_accuracy": which for which in ("real", "fake")}
+    quality = _fid(kept, marks, seen)
+    return [
+        {"title": "Quality on the way", "says": "FID to the teacher of few images, of one run: it ranks its steps and nothing else.",
+         "charts": [quality] if quality else []},
+        {"title": "The switch to x0", "says": "Before all that follows the student learned to say x0, by squared error.",
+         "charts": [chart for chart in [
+             _chart(kept_rows(converted), {"student.loss": "student"}, "Loss of the conversion", "loss", marks=[])] if chart]},
+        {"title": "Losses", "says": "Medians of short stretches of steps.",
+         "charts": [chart for name, player in losses.items() if (chart := _chart(
+             kept, {name: player}, f"Loss of the {player}", "loss", marks=marks))]},
+        {"title": "The discriminator",
+         "says": "Share of samples that it takes for what they are, by the noise level at which they are judged; 0.5 is a coin, 1 leaves the student "
+                 "nothing to learn from.",
+         "charts": [chart for chart in (
+             _chart(kept, accuracy, "Accuracy, all levels", "share", marks=marks, statistic=np.mean),
+             _chart(kept, _levels(names, "real"), "Real ones, by level", "share", marks=marks, statistic=np.mean),
+             _chart(kept, _levels(names, "fake"), "The student's, by level", "share", marks=marks, statistic=np.mean)) if chart]},
+        {"title": "Latents",
+         "says": "The student's x0 and its reference of the same batch: what a perfect student would say, or for lcm the encoded pictures.",
+         "charts": [chart for what, title in (("std", "Standard deviation"), ("mean", "Mean")) if (chart := _chart(
+             kept, {f"student.{name}_{what}": label for name, label in _LATENTS.items()}, title, title.lower(), marks=marks))]},
+        {"title": "Optimisers", "says": "Norm of all gradients of a player before clipping, and its learning rate.",
+         "charts": [chart for chart in (
+             _chart(kept, norms, "Norm of the gradients", "L2 norm", marks=marks, log=True),
+             _chart(kept, rates, "Learning rate", "rate", marks=marks)) if chart]},
+    ]  # fmt: skip
+
+
+def _levels(names: Sequence[str], which: str) -> dict[str, str]:
+    prefix = f"discriminator.{which}_accuracy_at_"
+    found = [name for name in names if name.startswith(prefix)]
+    return {name: name.removeprefix(prefix) for name in _evenly(found, _COLOURS)}
+
+
+def _chart(
+    kept: Sequence[Row], named: Mapping[str, str], title: str, y_label: str, *, marks: Sequence[float],
+    statistic: Callable[..., Any] = np.median, log: bool = False,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Figures over the steps, by their label. None where there are none."""
+    lines = [(label, thinned(kept, name, statistic=statistic)) for name, label in named.items()]
+    series = [Series(label, points, 1 + number % (_COLOURS - 1), markers=False) for number, (label, points) in enumerate(lines) if points]
+    if not series:
+        return None
+    log = log and all(y > 0 for line in series for _, y in line.points)
+    svg = line_chart(series, title=title, x_label="optimiser step", y_label=y_label, log_y=log, marks=marks)
+    legend = [(line.label, swatch(line.slot)) for line in series] if len(series) > 1 else []
+    return {"title": title, "svg": svg, "legend": legend}
+
+
+def _fid(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None) -> dict[str, Any] | None:
+    points = tuple((row["step"], row[FID]) for row in kept if FID in row)
+    if seen is None or not points:
+        return None
+    series = [Series("student", points, 1), Series("lowest: the weights in best/", ((float(seen.best_step), seen.best_fid),), 2)]
+    svg: Markup = line_chart(series, title="FID to the teacher", x_label="optimiser step", y_label="FID, lower is better", marks=marks)
+    return {"title": "FID to the teacher", "svg": svg, "legend": [(line.label, swatch(line.slot)) for line in series]}
+
+
+def _looks(seen: Seen) -> dict[str, Any]:
+    steps = sorted({*_evenly(list(seen.strips), _SHOWN), seen.best_step} & set(seen.strips))
+    lines = [{"label": "teacher", "note": "", "uri": _uri(seen.teacher)}]
+    lines += [
+        {"label": f"step {grouped(step)}", "note": "lowest FID" if step == seen.best_step else "", "uri": _uri(seen.strips[step])}
+        for step in steps
+    ]
+    return {"captions": seen.captions, "lines": lines, "left_out": len(seen.strips) - len(steps)}
+
+
+def _evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
+
+
+def _uri(png: bytes) -> str:
+    if len(png) <= _EXACT_BYTES:
+        return data_uri(png, "png")
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).save(buffer, "WEBP", quality=86, method=6)
+    return data_uri(buffer.getvalue(), "webp")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else grouped(round(value))
