@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -116,6 +117,17 @@ class _Told(NullProgress):
         new.replace(self.path)
 
 
+def _meeting_place(parallel: Parallel) -> PrefixStore:
+    """Where the processes find each other: the agent's store, one shelf for each start.
+
+    The agent keeps one store over all restarts (pytorch issue 135712); without the shelf, processes started again read the addresses of the dead
+    and wait for them for ever.
+    """
+    address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+    store = TCPStore(address, int(port), parallel.world_size, is_master=False, timeout=_PATIENCE)
+    return PrefixStore(f"attempt-{attempt}", store)
+
+
 def _work(task: Task, told: Path) -> str | DistillError:
     """The life of one process. An error that would come again is a result, so that the agent does not start everything anew for it."""
     belong_to_parent()
@@ -127,7 +139,10 @@ def _work(task: Task, told: Path) -> str | DistillError:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=_PATIENCE)
+    distributed.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo",
+        store=_meeting_place(parallel), rank=parallel.rank, world_size=parallel.world_size, timeout=_PATIENCE,
+    )  # fmt: skip
     scratch = Path(tempfile.mkdtemp(prefix=f"rank-{parallel.rank}-", dir=task.workspace.scratch))
     progress: Progress = _Told(told) if parallel.leads else NullProgress()
     workspace = replace(task.workspace, scratch=scratch, device=device, parallel=parallel, progress=progress)
