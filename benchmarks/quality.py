@@ -1,9 +1,10 @@
-"""Quality of students against their teacher: `python -m benchmarks.quality [--folder demo] [--images 512] [--make]`.
+"""Quality of students against their teacher: `python -m benchmarks.quality [--folder demo/adversarial] [--images 512] [--make]`.
 
-The students are those of `RECIPES`, which `make demo` and `--make` leave on the store, so that the table costs sampling only; a student that is
-not there is an error that says so. All are drawn from the same prompts and noise, with the teacher at several step counts beside them, and measured
-by the stage `evaluate` itself, which keeps every row: a second call prints at once. The last line is JSON, `rows`: for each its `method`, its
-`steps`, the FID to other samples of the teacher (`fid_teacher`), to the real images (`fid_real`), and where its student comes from (`student`).
+The students are those of `RECIPES`, which `distill demo --recipe tiny-adversarial.yaml` and `--make` leave on the store, so that the table costs
+sampling only; a student that is not there is an error that says so. All are drawn from the same prompts and noise, with the teacher at several step
+counts beside them, and measured by the stage `evaluate` itself, which keeps every row: a second call prints at once. The last line is JSON, `rows`:
+for each its `method`, its `steps`, the FID to other samples of the teacher (`fid_teacher`), to the real images (`fid_real`), and where its student
+comes from (`student`).
 """
 
 import argparse
@@ -13,9 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from flows.demo import PROJECT, run_on
+from flows.demo import DEMOS, PROJECT, run_on_drawn
 from flows.preparation import prepare
-from infra.demo.table import make_collection
 from infra.store import ArtifactStore
 from schemas.errors import DistillError, RunFailed
 from schemas.loading import load_recipe
@@ -49,7 +49,7 @@ def students(store: str, folder: Path, *, make: bool) -> tuple[Recipe, dict[str,
         recipe = load_recipe(PROJECT / "recipes" / name, [f"ingest.table={folder / 'urls.parquet'}", *overrides])
         first = first or recipe
         if make:
-            run_on(make_collection(folder), name, folder, (*overrides, *NO_TABLE))
+            run_on_drawn(name, folder, (*overrides, *NO_TABLE))
         prepared = prepare(recipe, store)
         node = prepared.plan.node("evaluate")
         for upstream in node.upstream():
@@ -97,7 +97,9 @@ def main() -> None:
     """Print the table."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the demo's pictures and store lie")
+    parser.add_argument(
+        "--folder", type=Path, default=DEMOS["tiny-adversarial.yaml"].folder, help="where the demo's pictures and store lie"
+    )
     parser.add_argument("--images", type=int, default=512, help="images of a row")
     parser.add_argument("--make", action="store_true", help="make the students that are missing first: hours on two cores")
     arguments = parser.parse_args()

@@ -1,18 +1,36 @@
-"""`make demo` and `make teacher`: recipes on pictures that this machine draws, serves and fetches itself."""
+"""`make demo` and its longer siblings: recipes on pictures that this machine draws, serves and fetches itself."""
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from flows.local import Finished, run_here
 from infra.demo.server import serve
-from infra.demo.table import Collection, make_collection, make_teacher_collection
+from infra.demo.table import Collection, make_collection, make_small_collection
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = Path("demo")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A recipe's pictures, and the folder for them and for what is made of them."""
+
+    draw: Callable[[Path], Collection]
+    folder: Path
+
+
+DEMOS: Final[Mapping[str, Demo]] = {
+    "tiny.yaml": Demo(make_collection, FOLDER),
+    "tiny-adversarial.yaml": Demo(partial(make_small_collection, count=3000, seed=2), FOLDER / "adversarial"),
+    "tiny-teacher.yaml": Demo(partial(make_small_collection, count=6000, seed=1), FOLDER / "teacher"),
+}
+"""By the recipe's file name."""
 
 
 @dataclass(frozen=True)
@@ -26,31 +44,31 @@ class Shown:
     """The published folder."""
 
 
-def run_demo(folder: Path = FOLDER, overrides: tuple[str, ...] = (), recipe: str = "tiny.yaml") -> Shown:
-    """Draw and serve pictures, and run one of the recipes made for them to a published student and a report, all below `folder`."""
-    folder = folder.absolute()
-    return _shown(recipe, make_collection(folder), folder, overrides)
+def run_demo(name: str = "tiny.yaml", folder: Path | None = None, overrides: tuple[str, ...] = ()) -> Shown:
+    """Draw and serve pictures, and run the recipe that is made for them to a published student and a report, all below `folder`.
+
+    Raises `BadInput` for a recipe that no pictures are drawn for.
+    """
+    folder = (folder or _demo(name).folder).absolute()
+    model = folder / "model"
+    finished = run_on_drawn(name, folder, (f"publish.destination={model}", *overrides))
+    report = folder / "report.html"
+    shutil.copyfile(finished.store.fetch(finished.manifests["evaluate"], ["report.html"]) / "report.html", report)
+    return Shown(finished, report, model)
 
 
-def train_tiny_teacher(folder: Path = FOLDER / "teacher", overrides: tuple[str, ...] = ()) -> Shown:
-    """Train the tiny teacher from scratch by recipes/tiny-teacher.yaml. Takes an hour and more."""
-    folder = folder.absolute()
-    return _shown("tiny-teacher.yaml", make_teacher_collection(folder), folder, overrides)
-
-
-def run_on(collection: Collection, name: str, folder: Path, overrides: tuple[str, ...]) -> Finished:
-    """Run the recipe of that file name on pictures served here. Raises `BadInput` outside a checkout of the project."""
+def run_on_drawn(name: str, folder: Path, overrides: tuple[str, ...]) -> Finished:
+    """Run the recipe of that file name on its pictures, drawn and served here. Raises `BadInput` outside a checkout of the project."""
     path = PROJECT / "recipes" / name
     if not path.is_file():
         raise BadInput(f"{path}: missing; the demo runs from a checkout of the project")
+    collection = _demo(name).draw(folder)
     recipe = load_recipe(path, [f"ingest.table={collection.table}", *overrides])
     with serve(collection.pictures, collection.port):
         return run_here(recipe, f"file://{folder / 'store'}")
 
 
-def _shown(name: str, collection: Collection, folder: Path, overrides: tuple[str, ...]) -> Shown:
-    model = folder / "model"
-    finished = run_on(collection, name, folder, (f"publish.destination={model}", *overrides))
-    report = folder / "report.html"
-    shutil.copyfile(finished.store.fetch(finished.manifests["evaluate"], ["report.html"]) / "report.html", report)
-    return Shown(finished, report, model)
+def _demo(name: str) -> Demo:
+    if name not in DEMOS:
+        raise BadInput(f"{name}: no pictures are drawn for it; expected one of {', '.join(DEMOS)}")
+    return DEMOS[name]

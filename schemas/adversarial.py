@@ -36,11 +36,15 @@ class Phase(Model):
     objective: Literal["mse", "conditional", "unconditional"]
     """Mean squared error, or adversarial with the discriminator of eq. 22 or 23."""
     network: Literal["unet", "lora"]
-    """`lora`: an adapter of the base teacher, going on from the chain's newest LoRA. `unet`: everything, from the phase before, merged."""
+    """`lora`: an adapter of the base teacher, going on from the chain's newest LoRA. `unet`: everything."""
+    start: Literal["phase", "link"] = "phase"
+    """What a `unet` goes on from: the phase before, its LoRA merged, as in SDXL-Lightning 3.6; or the last student of the link before (the base
+    teacher, in the first), which keeps LoRAs and UNets apart."""
     training_steps: PositiveInt | None = None
     """null: the section's."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Of student and discriminator. null: the section's for `mse`, else that of `adversarial` for the network."""
+    """Of the student, and of the discriminator where it has none of its own. null: the section's for `mse`, else that of `adversarial` for the
+    network."""
     published: bool = True
     """Whether its student is evaluated and published."""
 
@@ -69,9 +73,11 @@ class AdversarialPlan(Model):
     """How all links but the first are trained, where the chain is adversarial."""
 
     lora_learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    """SDXL-Lightning 3.6, of student and discriminator alike."""
+    """SDXL-Lightning 3.6."""
     unet_learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """SDXL-Lightning 3.6."""
+    discriminator_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """null: the student's, as in SDXL-Lightning 3.6."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.0, 0.99)
     """SDXL-Lightning 3.6."""
     phases: Mapping[PhaseName, Phase] = ALL_PHASES

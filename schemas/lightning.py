@@ -107,7 +107,7 @@ class LightningConfig(StudentTraining):
             for name, phase in phases.items():
                 run = f"lightning-{many}-{few}" + (f"-{name}" if len(phases) > 1 else "")
                 config = self._run(level, few, phase)
-                begins = lora if phase.network == "lora" else start
+                begins = lora if phase.network == "lora" else whole.get(many) if phase.start == "link" else start
                 found.append(LinkRun(run, config, whole.get(level), begins, phase.published))
                 start = run
                 lora = run if phase.network == "lora" else lora
@@ -137,6 +137,7 @@ class LightningConfig(StudentTraining):
             return base.model_copy(update=changed)
         rate = rate or (plan.lora_learning_rate if phase.network == "lora" else plan.unet_learning_rate)
         optimizer = base.optimizer.model_copy(update={"learning_rate": rate, "betas": plan.betas})
+        judge = optimizer.model_copy(update={"learning_rate": plan.discriminator_learning_rate or rate})
         few = steps <= plan.few_steps
         if steps == 1:
             override = self.links.get(1, LinkOverride())
@@ -149,7 +150,7 @@ class LightningConfig(StudentTraining):
             "start_timesteps": plan.start_timesteps if few else None,
             "adversarial": AdversarialConfig(
                 conditional=phase.objective == "conditional",
-                optimizer=optimizer,
+                optimizer=judge,
                 renoise_timesteps=plan.renoise_timesteps if few else (),
                 renoise_weights=plan.renoise_weights,
                 late_renoise_weights=plan.late_renoise_weights,
@@ -252,6 +253,8 @@ def _phases_can_do_what_they_say(config: LightningConfig) -> Iterator[Mistake]:
             if phase.training_steps is not None and phase.training_steps <= config.warmup_steps:
                 expected = f"the phase would end inside its warm-up: expected more than lightning.warmup_steps = {config.warmup_steps}"
                 yield (*place, "training_steps"), phase.training_steps, expected
+            if (phase.network, phase.start) == ("lora", "link"):
+                yield (*place, "start"), "link", "a LoRA goes on from the chain's newest; expected nothing here"
             if group == "first_phases" and phase.objective != "mse":
                 yield (*place, "objective"), phase.objective, "the first link absorbs the guidance, which only objective: mse can teach"
     for steps in config.chain[2:]:

@@ -59,16 +59,16 @@ def stage(
 
 def demo(
     *,
-    folder: Annotated[Path, typer.Option(help="Where pictures, store, report and model go.")] = Path("demo"),
-    teacher: Annotated[bool, typer.Option("--teacher", help="Train the tiny teacher from scratch instead: an hour and more.")] = False,
-    recipe: Annotated[str, typer.Option(help="Which of the recipes for these pictures, such as tiny-adversarial.yaml.")] = "tiny.yaml",
+    recipe: Annotated[str, typer.Option(help="Or a longer one: tiny-adversarial.yaml, tiny-teacher.yaml.")] = "tiny.yaml",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where pictures, store, report and model go: demo, and a folder in it for a longer recipe.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a tiny recipe on real captioned pictures, served and fetched on this machine, to a student and its report."""
-    from flows.demo import run_demo, train_tiny_teacher
+    from flows.demo import run_demo
 
-    chosen = tuple(overrides or ())
-    shown = train_tiny_teacher(folder, chosen) if teacher else run_demo(folder, chosen, recipe)
+    shown = run_demo(recipe, folder, tuple(overrides or ()))
     print_chain(shown.finished.manifests, shown.finished.made, shown.finished.store)
     output.print(f"model:  {shown.model}\nreport: {shown.report}")
 

@@ -54,8 +54,8 @@ def make_collection(folder: Path, *, large: int = 176, small: int = 32, seed: in
     return _collect(folder, {"large": large, "small": small, "seed": seed}, rows)
 
 
-def make_teacher_collection(folder: Path, *, count: int = 6000, seed: int = 1) -> Collection:
-    """The pictures that the tiny teacher is trained on: many small ones, none broken, in other poses than the demo's."""
+def make_small_collection(folder: Path, *, count: int, seed: int) -> Collection:
+    """Many small pictures, none broken, in poses of their own for each seed: enough to train a tiny network on for hours."""
 
     def rows(pictures: Path) -> Rows:
         return _good(pictures, [TINY[index % len(TINY)] for index in range(count)], seed)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from tests.e2e.nano import POLL_SECONDS, Place, started_runs
+from tests.e2e.nano import MARK, POLL_SECONDS, Place, started_runs, wait_for_orphans
 
 _LIMIT_SECONDS = 300
 _IMPORTED = (
@@ -43,7 +43,10 @@ class Child:
         return self.log.read_text(errors="replace")
 
     def kill_after(self, run: str, seconds: float) -> int:
-        """End it by SIGKILL so long after it has begun with the stage run; its exit code, another where it came to its end before."""
+        """End it by SIGKILL so long after it has begun with the stage run; its exit code, another where it came to its end before.
+
+        Only the command itself is killed: what it started has to end by itself, and is waited for.
+        """
         deadline = time.monotonic() + _LIMIT_SECONDS
         while run not in started_runs(self.told) and self._lives():
             assert time.monotonic() < deadline, self.told
@@ -53,7 +56,9 @@ class Child:
             time.sleep(POLL_SECONDS)
         if self._lives():
             os.kill(self.pid, signal.SIGKILL)
-        return self.ended()
+        code = self.ended()
+        wait_for_orphans(self.log.stem)
+        return code
 
     def _lives(self) -> bool:
         return Path(f"/proc/{self.pid}/cmdline").exists()
@@ -114,6 +119,7 @@ def _serve() -> None:
 
 def _work(arguments: list[str], log: Path) -> None:
     code: object = 1
+    os.environ[MARK] = log.stem  # in the environment of all that it starts
     with log.open("wb") as file, Path(os.devnull).open() as nothing:
         for number, replacement in enumerate((nothing, file, file)):
             os.dup2(replacement.fileno(), number)

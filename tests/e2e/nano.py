@@ -34,7 +34,7 @@ CHAIN = (
 ADVERSARIAL_NODES = (*NODES[:5], *CHAIN, *NODES[-3:])
 POLL_SECONDS = 0.005
 _COMMAND = "from flows.cli import main; main()"
-_MARK = "DISTILL_TEST_COMMAND"
+MARK = "DISTILL_TEST_COMMAND"
 _LIMIT_SECONDS = 600
 _TRAINING = {"training_steps": 12, "batch_size": 4, "checkpoint_every": 4, "log_every": 4}
 
@@ -132,7 +132,7 @@ class Place:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, *arguments],
                 cwd=self.folder,
-                env=self.surroundings | {_MARK: mark},
+                env=self.surroundings | {MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -194,22 +194,32 @@ class Command:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        end = time.monotonic() + 10
-        while orphans := self.processes():
-            assert time.monotonic() < end, f"outlived kill -9 of the command that started them: {orphans}"
-            time.sleep(POLL_SECONDS)
+        wait_for_orphans(self.mark)
 
     def processes(self) -> dict[int, str]:
         """The command and everything it started that lives: command lines by process id."""
-        mark = f"{_MARK}={self.mark}".encode()
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (process / "environ").read_bytes():
-                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # ended, or another user's
-                continue
-        return found
+        return marked_processes(self.mark)
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Living processes that were started with the mark in their environment: command lines by process id."""
+    looked_for = f"{MARK}={mark}".encode()
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if looked_for in (process / "environ").read_bytes():
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # ended, or another user's
+            continue
+    return found
+
+
+def wait_for_orphans(mark: str) -> None:
+    """See that nothing with the mark outlives the command that was killed."""
+    end = time.monotonic() + 10
+    while orphans := marked_processes(mark):
+        assert time.monotonic() < end, f"outlived kill -9 of the command that started them: {orphans}"
+        time.sleep(POLL_SECONDS)
 
 
 def started_runs(told: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 import logging
 import random
-import time
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import Nano
+from tests.e2e.forks import Forks, forks
 from tests.e2e.nano import Place, assert_same, assert_whole
 from tests.services import ObjectStore
 
@@ -25,33 +26,31 @@ def test_killed_twenty_times_at_random(
         monkeypatch.setenv(name, value)  # for reading here
     expected = {name: manifest for name, manifest in undisturbed.manifests().items() if name in {*KILLS, "teacher"}}
     place = Place(tmp_path, nano.recipe, nano.server, f"s3://{seaweedfs.bucket}/kills", seaweedfs.environment)
-    place.run("stage", "teacher", str(nano.recipe))
     seed = random.SystemRandom().getrandbits(32)
     logger.info("seed of the moments: %d", seed)
     moments = random.Random(seed)
     assert sum(KILLS.values()) == 20
-    for stage, kills in KILLS.items():
-        for _ in range(kills):
-            kill_at_random(place, nano, stage, expected[stage].lineage.cost.wall_seconds, moments)
-            assert_whole(place)
-        place.run("stage", stage, str(nano.recipe))
+    with forks(place) as forked:
+        forked.run("stage", "teacher", str(nano.recipe))
+        for stage, kills in KILLS.items():
+            for _ in range(kills):
+                kill_at_random(place, forked, stage, expected[stage].lineage.cost.wall_seconds, moments)
+                assert_whole(place)
+            forked.run("stage", stage, str(nano.recipe))
     assert_same(place, expected)
 
 
-def kill_at_random(place: Place, nano: Nano, stage: str, seconds: float, moments: random.Random) -> None:
+def kill_at_random(place: Place, forked: Forks, stage: str, seconds: float, moments: random.Random) -> None:
     """Kill the stage once while it works; one that had ended before is made to begin again."""
+    told = ""
     for _ in range(10):
         for manifest in list(place.store.manifests()):
             if manifest.lineage.node == stage:  # the command before was killed at its very end, or not in time
                 place.store.remove(manifest.identity)
-        command = place.start("stage", stage, str(nano.recipe))
-        try:
-            assert command.wait_until(lambda: stage in command.started), command.told  # noqa: B023 - called at once
-            until = time.monotonic() + moments.random() * seconds
-            command.wait_until(lambda: time.monotonic() >= until)  # noqa: B023 - called at once
-            killed = command.process.poll() is None
-        finally:
-            command.kill()
-        if killed:
+        child = forked.start("stage", stage, str(place.recipe))
+        code = child.kill_after(stage, moments.random() * seconds)
+        told = child.told
+        if code == -signal.SIGKILL:
             return
-    pytest.fail(f"{stage} was always finished before it was killed; the last run's log:\n{command.told}")
+        assert code == 0, told
+    pytest.fail(f"{stage} was always finished before it was killed; the last run's log:\n{told}")

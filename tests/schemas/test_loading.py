@@ -134,6 +134,10 @@ ADVERSARIAL = GOOD.replace("chain: [8, 4]", "chain: [64, 16, 4, 1]").replace("{t
             "phases.a.training_steps (line 10): found 3; the phase would end inside its warm-up",
         ),
         ("{conversion_steps: 3}\n  warmup_steps: 3", "conversion_steps (line 10): found 3; the conversion would end inside its warm-up"),
+        (
+            "{first_phases: {a: {objective: mse, network: lora, start: link}}}",
+            "first_phases.a.start (line 10): found 'link'; a LoRA goes on from the chain's newest",
+        ),
         ("{}\n  network: lora", "lightning.network (line 11): found 'lora'; the phases of lightning.adversarial say what is trained"),
     ],
 )
@@ -163,6 +167,18 @@ def test_the_papers_start_timesteps_lie_on_the_grids_of_its_teachers() -> None:
         assert LinkConfig.model_validate(config.model_dump()) == config
     with pytest.raises(ValidationError, match="expected entries of the trailing grid of 4 steps, the teacher's"):
         LinkConfig.model_validate(config.model_dump() | {"start_timesteps": (124,)})
+
+
+def test_unets_go_on_from_the_link_before_where_the_recipe_keeps_them_apart_from_loras() -> None:
+    def starts(start: str) -> dict[str, str | None]:
+        phases = {"lora": {"objective": "mse", "network": "lora"}, "unet": {"objective": "mse", "network": "unet", "start": start}}
+        plan = {"first_phases": phases, "phases": phases, "one_step_phases": phases}
+        chain = LightningConfig.model_validate({"chain": [32, 8, 4], "adversarial": plan})
+        return {run.name: run.start for run in chain.runs()}
+
+    loras = {"lightning-32-8-lora": None, "lightning-8-4-lora": "lightning-32-8-lora"}
+    assert starts("phase") == loras | {"lightning-32-8-unet": "lightning-32-8-lora", "lightning-8-4-unet": "lightning-8-4-lora"}
+    assert starts("link") == loras | {"lightning-32-8-unet": None, "lightning-8-4-unet": "lightning-32-8-unet"}
 
 
 def test_the_papers_optimisers_are_the_defaults() -> None:
