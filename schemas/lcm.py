@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from schemas.base import Field, Mistake
+from schemas.base import Field, Mistake, NotIdentity
 from schemas.training import OptimizerConfig, PositiveInt, StudentTraining
 
 LEARNING_RATES = {"unet": 8e-6, "lora": 1e-4}
@@ -20,6 +20,12 @@ class LcmConfig(StudentTraining):
 
     network: Literal["unet", "lora"] = "lora"
     """`unet`: all of a copy of the teacher's UNet (LCM). `lora`: an adapter of it (LCM-LoRA)."""
+    start: Annotated[str | None, NotIdentity] = None
+    """Student to go on from, of the same teacher, network, rank and alpha: a folder with `unet/` or `pytorch_lora_weights.safetensors`, such as a
+    variant of a published model. Its content is part of the identity. null: the teacher."""
+    solver: Literal["ddim", "known_noise"] = "ddim"
+    """What leads from t_{n+k} to t_n: `ddim`, a guided move of the teacher; `known_noise`, the noise that was added, by which a latent consistency
+    model is fine-tuned without its teacher (LCF, LCM 4.4)."""
     target_decay: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """mu of a UNet's target network theta- = mu theta- + (1 - mu) theta after every step, which is what is published. diffusers' scripts; .999943 in
     LCM, for 100,000 steps. The target of a LoRA is the LoRA itself."""

@@ -138,7 +138,8 @@ class TeacherShape:
         trained = self.footprint(config, batch)
         turns = {"student": (student.trained, trained.peak)}
         networks = [student] * (2 if whole else 1)
-        if whole:
+        asked = not isinstance(config, LcmConfig) or config.solver == "ddim"
+        if whole and asked:
             parts["teacher"] = _Network.of(self.unet(None)).weights
         if isinstance(config, LinkConfig):
             parts["teacher"] = _Network.of(self.unet(None)).count * (2 if config.teacher_precision == "bfloat16" else _FLOAT)
@@ -152,7 +153,7 @@ class TeacherShape:
                 turns["discriminator"] = (discriminator.trained, self.judging(config, batch).peak)
                 networks.append(discriminator)
         guided = isinstance(config, LcmConfig) or config.guidance_scale > 1
-        turns["teacher"] = (0, self.asked(config, 2 * batch if guided else batch).peak)
+        turns["teacher"] = (0, self.asked(config, 2 * batch if guided and asked else batch).peak)
         gradients, activations = max(turns.values(), key=sum)
         parts |= {"gradients": gradients, "activations": activations}
         if processes > 1 and config.sharding != "none":

@@ -42,7 +42,8 @@ class TargetNetwork:
 
 
 class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
-    """d(f(z_{n+k}, t_{n+k}), f(z_hat_n, t_n)) with z_hat_n one guided DDIM move of the teacher (LCM eq. 12-14; LCM-LoRA).
+    """d(f(z_{n+k}, t_{n+k}), f(z_hat_n, t_n)) with z_hat_n one guided DDIM move of the teacher (LCM eq. 12-14; LCM-LoRA), or with the known noise
+    in its place, z_n itself (LCM 4.4).
 
     The target is evaluated without gradient.
     """
@@ -51,13 +52,14 @@ class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
         self,
         config: LcmConfig,
         *,
-        teacher: Denoiser,
+        teacher: Denoiser | None,
         student: Student,
         unconditional: Conditioning,
         target: TargetNetwork | None = None,
         as_teacher: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`unconditional` (1, ...). `target` None: theta- is the student itself. `as_teacher` makes a shared network the teacher while it is open."""
+        """`teacher` None: the noise is known. `unconditional` (1, ...). `target` None: theta- is the student itself. `as_teacher` makes a shared
+        network the teacher while it is open."""
         self.config, self.teacher, self.student = config, teacher, student.denoiser
         self.unconditional, self.as_teacher = unconditional, as_teacher
         player = Player.of(student.parameters, config.optimizer, config)
@@ -66,31 +68,25 @@ class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
         self.players = {"student": player}
         self.target = student.denoiser if target is None else target.denoiser
         self._tensors = student.tensors
-        self._grid = torch.tensor(ddim_solver_timesteps(config.ddim_timesteps, teacher.schedule.num_train_timesteps))
-        self._skip = teacher.schedule.num_train_timesteps // config.ddim_timesteps
+        self._grid = torch.tensor(ddim_solver_timesteps(config.ddim_timesteps, self.student.schedule.num_train_timesteps))
+        self._skip = self.student.schedule.num_train_timesteps // config.ddim_timesteps
 
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What of the student is trained. The target network is the loop's moving average."""
         return {"student": self._tensors}
 
     def prepare(self, batch: LatentBatch, draw: Draw) -> ConsistencyPair:
-        """Noise to t_{n+k}, let the teacher take one move to t_n, and evaluate the target network there."""
+        """Noise to t_{n+k}, move to t_n, and evaluate the target network there."""
         batch = batch.to(draw.device)
         later = self._grid.to(draw.device)[draw.integers("timestep", self.config.ddim_timesteps)]
         earlier = (later - self._skip).clamp(min=0)  # the grid begins at k - 1: from there the move goes to 0, as in diffusers' script
-        x_t = self.teacher.schedule.add_noise(batch.latents, draw.normal("noise", batch.latents.shape[1:]), later)
+        noise = draw.normal("noise", batch.latents.shape[1:])
+        x_t = self.student.schedule.add_noise(batch.latents, noise, later)
         w = self._told(draw)
-        unconditional = self.unconditional.to(draw.device).expand(len(x_t)).with_time_ids(batch.conditioning.time_ids)
-        with self.as_teacher():
-            moved = ddim_move(
-                self.teacher,
-                x_t,
-                later,
-                earlier,
-                batch.conditioning,
-                unconditional=unconditional,
-                guidance_scale=1 + (self.config.guidance_w if w is None else w),  # Imagen's scale of LCM's w
-            )
+        if self.teacher is None:
+            moved = self.student.schedule.add_noise(batch.latents, noise, earlier)
+        else:
+            moved = self._solved(self.teacher, x_t, later, earlier, conditioning=batch.conditioning, w=w)
         conditioning = batch.conditioning.with_guidance(w)
         target = self.consistency_function(self.target, moved, earlier, conditioning)
         return ConsistencyPair(x_t, later, conditioning, target, Spread.of(batch.latents))
@@ -100,6 +96,15 @@ class ConsistencyDistillation(Method[LatentBatch, ConsistencyPair]):
         value = self.consistency_function(self.student, prepared.x_t, prepared.timesteps, prepared.conditioning)
         loss = DISTANCES[self.config.loss](value - prepared.target, self.config.huber_c)
         return {"loss": loss, "x0": Spread.of(value), "reference": prepared.reference}
+
+    def _solved(
+        self, teacher: Denoiser, x_t: Tensor, later: Tensor, earlier: Tensor, *, conditioning: Conditioning, w: Tensor | None
+    ) -> Tensor:
+        """z_hat_n: one guided move of the teacher."""
+        unconditional = self.unconditional.to(x_t.device).expand(len(x_t)).with_time_ids(conditioning.time_ids)
+        guidance_scale = 1 + (self.config.guidance_w if w is None else w)  # Imagen's scale of LCM's w
+        with self.as_teacher():
+            return ddim_move(teacher, x_t, later, earlier, conditioning, unconditional=unconditional, guidance_scale=guidance_scale)
 
     def _told(self, draw: Draw) -> Tensor | None:
         """w of every sample, (B,), where the student is told it."""
