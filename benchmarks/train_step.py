@@ -37,7 +37,7 @@ from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import UNetDenoiser, added_conditions
 from stages.diffusion.discriminator import unet_discriminator
 from stages.diffusion.lora import add_lora, lora_layers, without_lora
-from stages.lcm import ConsistencyDistillation
+from stages.lcm.distillation import ConsistencyDistillation
 from stages.lightning.adversarial import AdversarialLink
 from stages.lightning.regression import ProgressiveLink
 from stages.students import Student, ready_for_training

@@ -128,7 +128,10 @@ class StudentContent(Model):
     """`trailing`: DDIM/Euler on the trailing grid; `lcm`: LCMScheduler."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
     guidance_scale: float
-    """Imagen-convention scale to sample with; 1 means no guidance."""
+    """Imagen-convention scale to sample with, as diffusers' pipelines take it; 1 means no guidance."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest scale of the training, where the network is told the scale in the place of guidance (`time_cond_proj_dim` of its
+    configuration). None: it is not told."""
     teacher: Sha256
     training_steps: int
     best_step: int | None = None

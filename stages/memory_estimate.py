@@ -20,8 +20,9 @@ from schemas.lightning import LinkConfig
 from schemas.manifest import Manifest
 from schemas.teacher import TrainTeacherConfig
 from stages.diffusion.conditioning import Conditioning
-from stages.diffusion.denoiser import added_conditions
+from stages.diffusion.denoiser import unet_output
 from stages.diffusion.discriminator import Discriminator, DiscriminatorHead, UNetEncoder
+from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import lora_config
 from stages.encoded_size import CONFIG_FILES, human
 from stages.meta_memory import Footprint, footprint
@@ -131,11 +132,15 @@ class TeacherShape:
         batch = math.ceil(config.batch_size / (processes * config.accumulation_steps))
         student = _Network.of(self.unet(config))
         parts = {"teacher": 0, "student": student.weights, "discriminator": 0, "optimizer": _MOMENTS * student.trained}
-        parts["average"] = student.trained if config.ema_decay is not None else 0
+        whole = isinstance(config, LcmConfig) and config.network == "unet"
+        parts["average"] = student.trained if whole or config.ema_decay is not None else 0
         parts["batches"] = config.accumulation_steps * batch * self._sample_bytes()
         trained = self.footprint(config, batch)
         turns = {"student": (student.trained, trained.peak)}
-        networks = [student]
+        networks = [student] * (2 if whole else 1)
+        asked = not isinstance(config, LcmConfig) or config.solver == "ddim"
+        if whole and asked:
+            parts["teacher"] = _Network.of(self.unet(None)).weights
         if isinstance(config, LinkConfig):
             parts["teacher"] = _Network.of(self.unet(None)).count * (2 if config.teacher_precision == "bfloat16" else _FLOAT)
             if config.adversarial is not None:
@@ -148,7 +153,7 @@ class TeacherShape:
                 turns["discriminator"] = (discriminator.trained, self.judging(config, batch).peak)
                 networks.append(discriminator)
         guided = isinstance(config, LcmConfig) or config.guidance_scale > 1
-        turns["teacher"] = (0, self.asked(config, 2 * batch if guided else batch).peak)
+        turns["teacher"] = (0, self.asked(config, 2 * batch if guided and asked else batch).peak)
         gradients, activations = max(turns.values(), key=sum)
         parts |= {"gradients": gradients, "activations": activations}
         if processes > 1 and config.sharding != "none":
@@ -168,19 +173,22 @@ class TeacherShape:
     # Networks and passes, each made once however many runs share it.
     def unet(self, config: LinkConfig | LcmConfig | None) -> Any:
         """The student's UNet on the meta device; the teacher's for None."""
-        lora = isinstance(config, LcmConfig) or (config is not None and config.network == "lora")
-        rank = config.lora_rank if lora and config is not None else None
+        rank = config.lora_rank if config is not None and config.network == "lora" else None
         checkpointed = config is not None and config.gradient_checkpointing
+        told = isinstance(config, LcmConfig) and config.guidance_w_range is not None
         return self._once(
-            ("unet", config is None, rank, checkpointed), lambda: self._unet(rank, frozen=config is None, checkpointed=checkpointed)
+            ("unet", config is None, rank, checkpointed, told),
+            lambda: self._unet(rank, frozen=config is None, checkpointed=checkpointed, told=told),
         )
 
-    def _unet(self, rank: int | None, *, frozen: bool, checkpointed: bool) -> Any:
+    def _unet(self, rank: int | None, *, frozen: bool, checkpointed: bool, told: bool = False) -> Any:
         import diffusers  # noqa: PLC0415 - `stages.diffusion` must come first
 
         with torch.device("meta"):
             kind: Any = diffusers.UNet2DConditionModel
             unet = kind.from_config(dict(self.unet_config))
+            if told:
+                add_guidance_input(unet)
             if rank is not None:
                 unet.add_adapter(lora_config(rank, rank))
         if frozen:
@@ -232,9 +240,8 @@ class TeacherShape:
 
     def _call(self, unet: Any, batch: int) -> Tensor:
         x, t, conditioning = self._inputs(batch)
-        added = added_conditions(unet, conditioning, x.dtype)
-        output: Tensor = unet(x, t, encoder_hidden_states=conditioning.prompt_embeds, added_cond_kwargs=added, return_dict=False)[0]
-        return output
+        conditioning = conditioning.with_guidance(torch.empty(batch, device="meta"))
+        return unet_output(unet, x, t, conditioning)
 
     def _judge(self, discriminator: Any, batch: int, *, asked: bool = False) -> Tensor:
         x, t, conditioning = self._inputs(batch)

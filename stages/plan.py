@@ -88,7 +88,8 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
             nodes.append(Node(run.name, "lightning", run.config, seed, inputs))
             students += [run.name] if run.published else []
     if recipe.lcm is not None:
-        nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs={"teacher": teacher, "latents": "encode"}))
+        inputs = {"teacher": teacher, "latents": "encode"}
+        nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
     if recipe.evaluate is not None:
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}

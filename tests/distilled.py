@@ -18,7 +18,9 @@ from schemas.base import digest
 from schemas.lightning import trailing_timesteps
 from schemas.manifest import ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
 from stages.diffusion.facts import inspect
+from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import add_lora, lora_parameters, save_lora
+from stages.diffusion.schedule import lcm_timesteps
 from stages.shards import Sample, ShardWriter
 from tests.tiny_pipelines import Kind, build
 
@@ -53,24 +55,29 @@ class Chain:
         named = {name.replace("_", "-"): manifest for name, manifest in students.items()}
         return {"teacher": self.teacher, "latents": self.latents, "images": self.images, "selection": self.selection, "students": named}
 
-    def unet(self, steps: int, *, change: float = 0.05, prediction_type: str | None = None, **more: Any) -> Any:
+    def unet(self, steps: int, *, change: float = 0.05, prediction_type: str | None = None, told: bool = False, **more: Any) -> Any:
         """A student of `steps` steps: the teacher's UNet, every weight moved a little."""
         unet = copy.deepcopy(self.pipeline.unet)
+        if told:
+            add_guidance_input(unet)
         _shake(list(unet.parameters()), change, seed=steps)
-        settings = {"steps": (steps,), "timesteps": {steps: trailing_timesteps(steps)}} | more
+        settings = {"steps": (steps,), "timesteps": {steps: trailing_timesteps(steps)}, "method": "lightning-mse", "sampler": "trailing"}
         content = StudentUNet(
-            method="lightning-mse",
-            sampler="trailing",
             prediction_type=prediction_type or self.teacher.content.prediction_type,
-            guidance_scale=1.0,
             teacher=self.teacher.identity,
             training_steps=30,
-            **settings,
+            **settings | {"guidance_scale": 1.0} | more,
         )
         with tempfile.TemporaryDirectory() as name:
             unet.save_pretrained(Path(name) / "unet", safe_serialization=True)
             _write_metrics(Path(name))
-            return self._publish(Path(name), "lightning", f"lightning-8-{steps}", content)
+            stage = "lcm" if told else "lightning"
+            return self._publish(Path(name), stage, stage if told else f"lightning-8-{steps}", content)
+
+    def told(self, steps: int) -> Any:
+        """An LCM of one step count whose UNet is told the guidance scale: 8.5, of 3 to 15."""
+        facts = {"method": "lcm", "sampler": "lcm", "guidance_scale": 8.5, "guidance_range": (3, 15)}
+        return self.unet(steps, told=True, timesteps={steps: lcm_timesteps(steps)}, **facts)
 
     def lora(self, rank: int = 2, alpha: float = 3.0) -> Any:
         """An LCM-LoRA for 4 and 2 steps, its weights random, alpha unlike its rank."""

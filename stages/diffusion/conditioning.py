@@ -18,6 +18,8 @@ class Conditioning:
     """(B, P), of the second text encoder only."""
     time_ids: Tensor | None = None
     """(B, 6) pixels: original height and width, crop top and left, target height and width (SDXL, arXiv 2307.01952, 2.2)."""
+    guidance_w: Tensor | None = None
+    """(B,) LCM-convention scale w, for a network that is told it (LCM, arXiv 2310.04378, 4.2). On whichever device it was made."""
 
     @property
     def batch(self) -> int:
@@ -25,15 +27,22 @@ class Conditioning:
         return len(self.prompt_embeds)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move all tensors; change the type of the embeddings. Time ids keep theirs: bfloat16 has no 1023."""
+        """Move all tensors; change the type of the embeddings. Time ids and w keep theirs: bfloat16 has no 1023."""
         moved = self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
-        return replace(moved, time_ids=None if self.time_ids is None else self.time_ids.to(device=device))
+        kept = {name: value.to(device=device) for name in ("time_ids", "guidance_w") if (value := getattr(self, name)) is not None}
+        return replace(moved, **kept)
 
-    def with_time_ids(self, time_ids: Tensor | None) -> "Conditioning":
+    def with_time_ids(self, time_ids: Tensor | None) -> Self:
         """The same text with other time ids, (B, 6) or (1, 6) for all; None takes them away."""
         if time_ids is not None and len(time_ids) != self.batch:
             time_ids = time_ids.expand(self.batch, -1)
-        return Conditioning(self.prompt_embeds, self.pooled, time_ids)
+        return replace(self, time_ids=time_ids)
+
+    def with_guidance(self, w: Tensor | float | None) -> Self:
+        """The same with another w to tell the network, (B,) or one for all; None takes it away."""
+        if isinstance(w, float):
+            w = torch.full((self.batch,), w)
+        return replace(self, guidance_w=w)
 
     def expand(self, batch: int) -> Self:
         """Repeat a conditioning of batch 1 `batch` times (no copy)."""
@@ -47,11 +56,12 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: "Sequence[Conditioning]") -> "Conditioning":
-        """Concatenate batches. Raises `ValueError` when only some have pooled text or time ids."""
+        """Concatenate batches. Raises `ValueError` when only some have pooled text, time ids or w."""
         return Conditioning(
             torch.cat([part.prompt_embeds for part in parts]),
             _cat_optional([part.pooled for part in parts], "pooled"),
             _cat_optional([part.time_ids for part in parts], "time_ids"),
+            _cat_optional([part.guidance_w for part in parts], "guidance_w"),
         )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -59,6 +69,7 @@ class Conditioning:
             change(self.prompt_embeds),
             None if self.pooled is None else change(self.pooled),
             None if self.time_ids is None else change(self.time_ids),
+            None if self.guidance_w is None else change(self.guidance_w),
         )
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from stages.diffusion.conditioning import Conditioning
-from stages.diffusion.guidance import guide_imagen
+from stages.diffusion.guidance import embed_guidance, guide_imagen
 from stages.diffusion.prediction import PredictionType
-from stages.diffusion.schedule import NoiseSchedule
+from stages.diffusion.schedule import NoiseSchedule, append_dims
 
 
 class Denoiser(Protocol):
@@ -43,15 +43,15 @@ def guided_output(
     conditioning: Conditioning,
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The denoiser's output, guided in the Imagen convention where `guidance_scale` is above 1.
+    """The denoiser's output, guided in the Imagen convention where `guidance_scale` is above 1, or is a tensor (B,) of scales.
 
     Both halves go through the network in one call, unconditional first, as in diffusers' pipelines, and are put together in `dtype`, or in the type
     they come in where that is None. Raises `ValueError` when guidance is asked for without an unconditional.
     """
-    if guidance_scale <= 1:
+    if not isinstance(guidance_scale, Tensor) and guidance_scale <= 1:
         return denoiser(x_t, timesteps, conditioning)
     if unconditional is None:
         raise ValueError(f"guidance_scale {guidance_scale}: expected an unconditional conditioning")
@@ -60,7 +60,8 @@ def guided_output(
     both = Conditioning.cat([unconditional, conditioning])
     output = denoiser(_twice(x_t), _twice(timesteps), both)
     half_unconditional, half_conditional = output.to(dtype or output.dtype).chunk(2)
-    return guide_imagen(half_unconditional, half_conditional, guidance_scale)
+    scale = append_dims(guidance_scale, x_t.ndim) if isinstance(guidance_scale, Tensor) else guidance_scale
+    return guide_imagen(half_unconditional, half_conditional, scale)
 
 
 def predict(
@@ -70,7 +71,7 @@ def predict(
     conditioning: Conditioning,
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
 ) -> Prediction:
     """x0 and eps of the denoiser's (guided) output; x0 and eps are guided consistently because both are affine in the output."""
     wide = torch.promote_types(x_t.dtype, torch.float32)
@@ -89,17 +90,25 @@ class UNetDenoiser:
         self.prediction = prediction
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Output (B, C, h, w) in the UNet's type. Raises `ValueError` when an SDXL-type UNet gets no pooled text or time ids."""
-        unet = self.unet
-        dtype = next(unet.parameters()).dtype  # `unet.dtype` walks through all modules: a tenth of a small network's pass
-        output: Tensor = unet(
-            x_t.to(dtype),
-            timesteps,
-            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
-            added_cond_kwargs=added_conditions(unet, conditioning, dtype),
-            return_dict=False,
-        )[0]
-        return output
+        """Output (B, C, h, w) in the UNet's type.
+
+        Raises `ValueError` when an SDXL-type UNet gets no pooled text or time ids, and one that takes w as an input none.
+        """
+        return unet_output(self.unet, x_t, timesteps, conditioning)
+
+
+def unet_output(unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """Output (B, C, h, w) of a UNet2DConditionModel, in its type. Raises `ValueError` as `UNetDenoiser` does."""
+    dtype = next(unet.parameters()).dtype  # `unet.dtype` walks through all modules: a tenth of a small network's pass
+    output: Tensor = unet(
+        x_t.to(dtype),
+        timesteps,
+        timestep_cond=guidance_condition(unet, conditioning, x_t.device, dtype),
+        encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+        added_cond_kwargs=added_conditions(unet, conditioning, dtype),
+        return_dict=False,
+    )[0]
+    return output
 
 
 def added_conditions(unet: Any, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
@@ -109,6 +118,17 @@ def added_conditions(unet: Any, conditioning: Conditioning, dtype: torch.dtype) 
     if conditioning.pooled is None or conditioning.time_ids is None:
         raise ValueError("conditioning of an SDXL-type UNet: expected pooled text and time ids")
     return {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.time_ids}
+
+
+def guidance_condition(unet: Any, conditioning: Conditioning, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The embedded w (B, D) of a UNet that takes it as an input; None for others, which are not told. Raises `ValueError` when there is none."""
+    dim = unet.config.time_cond_proj_dim
+    if dim is None:
+        return None
+    if conditioning.guidance_w is None:
+        raise ValueError("conditioning of a UNet with time_cond_proj_dim: expected guidance_w")
+    # Where w is, and moved afterwards: sines of large numbers differ from device to device, and diffusers' pipelines take the CPU's.
+    return embed_guidance(conditioning.guidance_w, dim).to(device, dtype)
 
 
 def _twice(x: Tensor) -> Tensor:

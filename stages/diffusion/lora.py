@@ -112,18 +112,31 @@ def load_lora(unet: Any, folder: Path) -> list[nn.Parameter]:
 
     Raises `BadInput` for a file that is none of ours.
     """
-    path = folder / LORA_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            state = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); expected a LoRA in diffusers layout") from error
-    if not {"unet.r", "unet.lora_alpha"} <= described.keys():
-        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {_METADATA_KEY} with unet.r and unet.lora_alpha")
-    parameters = add_lora(unet, described["unet.r"], described["unet.lora_alpha"], seed=0)
+    rank, alpha = rank_and_alpha(folder)
+    with _opened(folder / LORA_FILE) as file:
+        state = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    parameters = add_lora(unet, rank, alpha, seed=0)
     load_lora_state(unet, state)
     return parameters
+
+
+def rank_and_alpha(folder: Path) -> tuple[int, float]:
+    """Of the adapter saved in `folder`. Raises `BadInput` for a file that is none of ours."""
+    path = folder / LORA_FILE
+    with _opened(path) as file:
+        described = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+    if not {"unet.r", "unet.lora_alpha"} <= described.keys():
+        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {_METADATA_KEY} with unet.r and unet.lora_alpha")
+    return int(described["unet.r"]), float(described["unet.lora_alpha"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); expected a LoRA in diffusers layout") from error
 
 
 def merge_lora(unet: Any) -> None:

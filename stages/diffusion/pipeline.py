@@ -212,6 +212,11 @@ class TeacherPipeline:
         return (torch.cat(parts) * 0.5 + 0.5).clamp(0, 1).float()
 
 
+def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The UNet2DConditionModel in `unet/` of a folder, on the CPU, in evaluation mode. Raises `BadInput` for weights that do not fill it."""
+    return _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
+
+
 def _images_at_once(pixels: int) -> int:
     return max(1, _DECODED_PIXELS // pixels)
 

@@ -33,7 +33,7 @@ def ddim_move(
     conditioning: Conditioning,
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """One DDIM move t -> s with one (guided, Imagen convention) call of the denoiser; t, s (B,) long, s may be `CLEAN`.
 
@@ -50,7 +50,7 @@ def ddim_moves(
     conditioning: Conditioning,
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """DDIM moves through `timesteps`, each (B,) long, the first that of `x_t`: n + 1 of them make n moves (SDXL-Lightning, arXiv 2402.13929, 2.3)."""
     for t, s in pairwise(timesteps):

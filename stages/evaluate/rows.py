@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from schemas.evaluation import EvaluateConfig
 from schemas.lightning import trailing_timesteps
@@ -27,6 +28,22 @@ class Row:
     prediction_type: str
     guidance_scale: float
     """Imagen convention, uncond + s (cond - uncond); 1 means none."""
+    guidance_input: bool = False
+    """Whether the network is told the scale, in the place of guidance."""
+
+    @classmethod
+    def of_student(cls, model: str, family: str, steps: int, content: StudentUNet | StudentLoRA) -> Self:
+        """A student with one of its step counts."""
+        return cls(
+            model=model,
+            family=family,
+            steps=steps,
+            timesteps=content.timesteps[steps],
+            sampler=content.sampler,
+            prediction_type=content.prediction_type,
+            guidance_scale=content.guidance_scale,
+            guidance_input=content.guidance_range is not None,
+        )
 
     @property
     def name(self) -> str:
@@ -47,15 +64,7 @@ def rows_of(config: EvaluateConfig, teacher: Teacher, students: Mapping[str, Stu
     ]
     families = families_of(students)
     sampled = [
-        Row(
-            node,
-            families[node],
-            steps,
-            manifest.content.timesteps[steps],
-            manifest.content.sampler,
-            manifest.content.prediction_type,
-            manifest.content.guidance_scale,
-        )
+        Row.of_student(node, families[node], steps, manifest.content)
         for node, manifest in students.items()
         for steps in manifest.content.steps
     ]

@@ -47,6 +47,9 @@ class Sampler:
         An image's noise, the starting noise and what an LCM step adds, is a function of (seed, its index) only.
         """
         conditioning = self._conditioning(first)
+        if row.guidance_input:
+            conditioning = conditioning.with_guidance(row.guidance_scale - 1)
+        guidance_scale = 1.0 if row.guidance_input else row.guidance_scale
         generators = [image_generator(self.seed, index) for index in range(first, first + conditioning.batch)]
         latents = sample(
             denoiser,
@@ -54,8 +57,8 @@ class Sampler:
             conditioning,
             scheduler=scheduler_of(row, self.pipeline.scheduler_config),
             steps=row.steps,
-            guidance_scale=row.guidance_scale,
-            unconditional=self._no_text() if row.guidance_scale > 1 else None,
+            guidance_scale=guidance_scale,
+            unconditional=self._no_text() if guidance_scale > 1 else None,
             generator=generators,
         )
         if not torch.isfinite(latents).all():

@@ -27,6 +27,8 @@ class Variant(Model):
     prediction_type: str
     guidance_scale: float
     """As diffusers' pipelines take it (Imagen convention); 1 means none."""
+    guidance_range: tuple[float, float] | None = None
+    """Lowest and highest scale of the training, where diffusers' pipelines tell the scale to the UNet in the place of guidance. None: they do not."""
     method: str
     node: str
     """Step of the plan that made it."""
@@ -99,6 +101,7 @@ def variant_of(manifest: StudentManifest, scheduler: Any) -> Variant:
         scheduler=type(scheduler).__name__,
         prediction_type=content.prediction_type,
         guidance_scale=content.guidance_scale,
+        guidance_range=content.guidance_range,
         method=content.method,
         node=manifest.lineage.node,
         identity=manifest.identity,

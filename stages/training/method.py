@@ -28,6 +28,9 @@ class Player:
     warmup_steps: int = 0
     max_grad_norm: float | None = None
     ema_decay: float | None = None
+    average: Mapping[str, Tensor] | None = None
+    """Tensors in which the moving average is kept, by parameter name, where the method looks at it too: those of a target network. They hold what
+    the average begins with. None: the loop has its own, which begin with the parameters."""
 
     @classmethod
     def of(cls, parameters: Mapping[str, nn.Parameter], optimizer: OptimizerConfig, config: TrainingConfig) -> "Player":

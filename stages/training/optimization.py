@@ -57,7 +57,8 @@ class Updater:
         """What the schedule's rate is multiplied by."""
         self.average: dict[str, Tensor] | None = None
         if player.ema_decay is not None:
-            self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            own = player.average
+            self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if own is None else dict(own)
 
     @property
     def learning_rate(self) -> float:

@@ -98,10 +98,7 @@ class StudentWatch:
         """
         if config.watch is None:
             return None
-        steps = content.steps[0]
-        row = SampledRow(
-            "student", "student", steps, content.timesteps[steps], content.sampler, content.prediction_type, content.guidance_scale
-        )
+        row = SampledRow.of_student("student", "student", content.steps[0], content)
         pipeline = TeacherPipeline.load(workspace.fetch(teacher), workspace.device, only=frozenset({"vae"}))
         seed = derive_seed(workspace.seed if config.seed is None else config.seed, "watch")
         watch = cls(config.watch, student, row, EncodedSampler(pipeline, latents, config.watch, seed), workspace)

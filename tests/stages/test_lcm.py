@@ -1,89 +1,28 @@
 """Latent consistency distillation: the loss against the paper's formulas by hand and diffusers' DDIM, anchors, exact resume, files."""
 
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from schemas.errors import BadInput
-from schemas.lcm import LcmConfig
 from schemas.manifest import Latents, Manifest, Teacher
 from schemas.training import OptimizerConfig
 from stages import lcm
 from stages.diffusion.conditioning import Conditioning
-from stages.diffusion.exact import GaussianMixtureDenoiser
-from stages.diffusion.lora import lora_layers, without_lora
+from stages.diffusion.lora import add_lora, lora_layers, without_lora
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
-from stages.diffusion.schedule import NoiseSchedule
-from stages.diffusion.solvers import boundary_scalings
-from stages.lcm import ConsistencyDistillation
-from stages.students import Student
+from stages.diffusion.solvers import boundary_scalings, ddim_move
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
+from tests.stages.consistent import BETAS, CPU, NULL, SCHEDULE, SHAPE, MixtureSet, a_method, config
 from tests.tiny_pipelines import DDIMScheduler
 from tests.training import artifacts
 from tests.training.killing import killed_and_resumed
 from tests.training.toys import make_workspace
-
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SCHEDULE = NoiseSchedule.from_scheduler_config(BETAS)
-CPU = torch.device("cpu")
-SHAPE = (2, 2, 2)
-MEANS = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
-NULL = Conditioning(torch.full((1, 1, 1), -1.0))
-
-
-def config(**more: object) -> LcmConfig:
-    settings: dict[str, object] = {"training_steps": 10, "batch_size": 4, "warmup_steps": 2, "lora_rank": 4, "lora_alpha": 8}
-    return LcmConfig.model_validate(settings | more)
-
-
-class SmallStudent(nn.Module):
-    """A network with t as an input, in any prediction type."""
-
-    def __init__(self, prediction: PredictionType, schedule: NoiseSchedule = SCHEDULE) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        size = MEANS[0].numel()
-        self.network = nn.Sequential(nn.Linear(size + 4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, size))
-        self.schedule, self.prediction = schedule, prediction
-
-    def forward(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        one_hot = nn.functional.one_hot(conditioning.prompt_embeds[:, 0, 0].long(), 3).float()
-        output: Tensor = self.network(torch.cat([x_t.flatten(1), one_hot, timesteps[:, None] / 1000], 1)).reshape(x_t.shape)
-        return output
-
-
-class MixtureSet:
-    def __init__(self, samples: int = 512) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.components = torch.randint(3, (samples,), generator=generator)
-        self.latents = MEANS[self.components] + 0.3 * torch.randn(samples, *SHAPE, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.components)
-
-    def samples(self, indices: object) -> tuple[Tensor, Conditioning]:
-        return self.latents[indices], Conditioning(self.components[indices].float().reshape(-1, 1, 1))  # type: ignore[index]
-
-
-def a_method(settings: LcmConfig, kind: str) -> tuple[ConsistencyDistillation, SmallStudent, GaussianMixtureDenoiser]:
-    prediction = PREDICTION_TYPES[kind]
-    student = SmallStudent(prediction)
-    teacher = GaussianMixtureDenoiser(MEANS, 0.3, schedule=SCHEDULE, prediction=prediction, by_class=True)
-    method = ConsistencyDistillation(
-        settings,
-        teacher=teacher,
-        student=Student(student, dict(student.named_parameters()), student.state_dict()),
-        unconditional=NULL,
-        as_teacher=nullcontext,
-    )
-    return method, student, teacher
 
 
 def test_boundary_scalings_have_their_anchors() -> None:
@@ -163,19 +102,19 @@ def test_a_small_student_becomes_consistent(tmp_path: Path) -> None:
         lr_schedule="cosine",
         optimizer=OptimizerConfig(learning_rate=5e-3),
     )
-    method, _, teacher = a_method(settings, "sample")
+    method, student, teacher = a_method(settings, "sample")
     data = MixtureSet()
     conditioning = data.samples(list(range(64)))[1]
     x = noise = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(9))
     timesteps = [*range(999, 0, -20), 0]
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        x = lcm.ddim_move(teacher, x, torch.full((64,), t), torch.full((64,), s), conditioning)
+        x = ddim_move(teacher, x, torch.full((64,), t), torch.full((64,), s), conditioning)
     last = torch.full((64,), 999)
     with torch.no_grad():
-        before = (method.consistency_function(noise, last, conditioning) - x).square().mean()
+        before = (method.consistency_function(student, noise, last, conditioning) - x).square().mean()
     train(method, reader(data), len(data), settings, make_workspace(tmp_path), seed=1)
     with torch.no_grad():
-        after = (method.consistency_function(noise, last, conditioning) - x).square().mean()
+        after = (method.consistency_function(student, noise, last, conditioning) - x).square().mean()
     assert after < 0.1 * before
     assert after < 0.1 * x.var()
 
@@ -218,7 +157,7 @@ def test_the_teacher_is_the_base_without_its_adapter(sdxl: tuple[Path, Manifest[
     conditioning = pipeline.conditioning(["cat", "dog"])
     with torch.no_grad():
         base = pipeline.denoiser()(x, t, conditioning)
-        for parameter in lcm.add_lora(pipeline.unet, 4, 8, seed=1):
+        for parameter in add_lora(pipeline.unet, 4, 8, seed=1):
             parameter.add_(0.1)
         adapted = pipeline.denoiser()(x, t, conditioning)
         with without_lora(lora_layers(pipeline.unet)):

@@ -44,6 +44,7 @@ class Published:
             "lightning-8-4": self.chain.unet(4),
             "lightning-2-1": self.chain.unet(1, prediction_type="sample"),
             "lcm": self.chain.lora(),
+            "lcm-whole": self.chain.told(5),
         }
         inputs = self.chain.inputs() | {"students": self.students}
         workspace = make_workspace(folder, self.chain.store, identity="evaluation")
@@ -83,6 +84,7 @@ def _as_on_the_card(published: Published, folder: Path, monkeypatch: pytest.Monk
         ("lightning-4step", "lightning-8-4", (4,)),
         ("lightning-1step", "lightning-2-1", (1,)),
         ("lcm-lora", "lcm", (4, 2)),
+        ("lcm-5step", "lcm-whole", (5,)),
         ("The teacher's pipeline", "teacher", (4,)),
     ],
 )
@@ -92,7 +94,7 @@ def test_the_cards_code_draws_what_was_measured_bit_for_bit(
     pipeline = _as_on_the_card(published, tmp_path, monkeypatch, heading)["pipeline"]
     pipeline.set_progress_bar_config(disable=True)
     for count in steps:
-        guidance = EVALUATE.teacher_guidance_scale if model == "teacher" else 1.0
+        guidance = {"teacher": EVALUATE.teacher_guidance_scale, "lcm-whole": 8.5}.get(model, 1.0)
         drawn = pipeline(
             list(PROMPTS),
             num_inference_steps=count,
@@ -110,6 +112,7 @@ def test_the_cards_code_draws_what_was_measured_bit_for_bit(
         ("lightning-4step", 4, "lightning-4step"),
         ("lightning-1step", 1, None),
         ("lcm-lora", 4, "lcm-lora"),
+        ("lcm-5step", 5, None),
         ("The teacher's pipeline", 4, "teacher"),
     ],
 )
@@ -156,6 +159,7 @@ def test_the_card_is_what_the_hub_reads(published: Published) -> None:
         assert manifest.identity in card
     assert published.chain.teacher.content.weights_digest in card
     assert "999 749 499 249" in card
+    assert "| 8.5, an input |" in card and "choose one from 3.0 to 15.0" in card and "guidance_scale=8.5, generator" in card
     assert not re.search(r"\b20\d\d-\d\d-\d\d|/tmp/|file://", card)
 
 
@@ -174,7 +178,9 @@ def test_schedulers_are_those_of_the_students(published: Published) -> None:
         "lightning-4step": ("unet", [4]),
         "lightning-1step": ("unet", [1]),
         "lcm-lora": ("lora", [4, 2]),
+        "lcm-5step": ("unet", [5]),
     }
+    assert variants["lcm-5step"]["guidance_range"] == [3, 15]
     assert not [entry.path for entry in published.manifest.files if entry.path.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
 
 

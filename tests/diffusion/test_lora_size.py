@@ -1,0 +1,46 @@
+"""Trainable values of the published networks' adapters: built from their configurations on the meta device, shapes only."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from stages.diffusion.lora import lora_config
+
+SD15: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SSD_1B = SDXL | {  # segmind's: no attention in the middle, and by layer as many transformer blocks as its pruning left
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "values", "trainable"),
+    [
+        # LCM-LoRA (arXiv 2311.05556) names 67.5 M, 105 M and 197 M: rank 64 on these layers gives the last two to their last digit. SD1.5's is .25 M
+        # less than named: with conv_in and conv_out, which diffusers' scripts leave out as we do, it would be 67.46 M (and the others 105 and 197 M).
+        (SD15, 859_520_964, 67_252_224),
+        (SSD_1B, 1_331_334_404, 104_902_656),
+        (SDXL, 2_567_463_684, 196_751_360),
+    ],
+)
+def test_adapters_are_as_large_as_published(network: dict[str, Any], values: int, trainable: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**network)
+        assert sum(parameter.numel() for parameter in unet.parameters()) == values
+        unet.add_adapter(lora_config(64, 64))
+    assert sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad) == trainable
