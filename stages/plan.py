@@ -80,6 +80,11 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs=selected))
     nodes.append(Node("encode", "encode", recipe.encode, seed, inputs=selected | {"teacher": teacher}))
 
+    nodes += [
+        Node(f"finetune-{name}", "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
+        for name, config in recipe.finetune.items()
+    ]
+
     students: list[str] = []
     if recipe.lightning is not None:
         for run in recipe.lightning.runs():
