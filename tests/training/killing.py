@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from schemas.manifest import Manifest
-from stages.registry import STAGES
 from tests.training.artifacts import workspace
 
 
@@ -36,5 +35,6 @@ def killed_and_resumed(folder: Path, stage: str, config: Any, inputs: Any, after
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     module = import_module(f"stages.{job['stage']}")
-    config = STAGES[job["stage"]].config.model_validate(job["config"])
+    settings = {"lightning": "schemas.lightning:LinkConfig", "lcm": "schemas.lcm:LcmConfig"}[job["stage"]].split(":")
+    config = getattr(import_module(settings[0]), settings[1]).model_validate(job["config"])
     module.run(config, module.Inputs.model_validate(job["inputs"]), workspace(Path(job["folder"]), config=config))
