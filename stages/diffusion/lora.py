@@ -112,6 +112,14 @@ def load_lora(unet: Any, folder: Path) -> list[nn.Parameter]:
 
     Raises `BadInput` for a file that is none of ours.
     """
+    rank, alpha, state = read_lora(folder)
+    parameters = add_lora(unet, rank, alpha, seed=0)
+    load_lora_state(unet, state)
+    return parameters
+
+
+def read_lora(folder: Path) -> tuple[int, float, dict[str, Tensor]]:
+    """Rank, alpha and tensors by peft's names of the adapter saved in `folder`. Raises `BadInput` for a file that is none of ours."""
     path = folder / LORA_FILE
     try:
         with safe_open(path, framework="pt") as file:
@@ -121,9 +129,7 @@ def load_lora(unet: Any, folder: Path) -> list[nn.Parameter]:
         raise BadInput(f"{path}: cannot be read ({error}); expected a LoRA in diffusers layout") from error
     if not {"unet.r", "unet.lora_alpha"} <= described.keys():
         raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {_METADATA_KEY} with unet.r and unet.lora_alpha")
-    parameters = add_lora(unet, described["unet.r"], described["unet.lora_alpha"], seed=0)
-    load_lora_state(unet, state)
-    return parameters
+    return described["unet.r"], described["unet.lora_alpha"], state
 
 
 def merge_lora(unet: Any) -> None:
