@@ -140,7 +140,9 @@ def _published_is_measured(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _published_is_made(recipe: Recipe) -> Iterator[Mistake]:
-    if recipe.publish is not None and recipe.lightning is None and recipe.lcm is None and recipe.train_teacher is None:
+    made = (recipe.lightning, recipe.lcm, recipe.train_teacher)
+    styles = any(config.network == "lora" for config in recipe.finetune.values())
+    if recipe.publish is not None and not styles and all(section is None for section in made):
         yield ("publish",), recipe.publish.name, "no stage makes a student: expected a section lightning or lcm"
 
 

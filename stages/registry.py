@@ -70,7 +70,7 @@ STAGES: dict[str, Stage] = {
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_lora",), "stages.lcm", revision=2),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),
-        Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=2),
+        Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),
     )
 }
 
