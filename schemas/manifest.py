@@ -153,6 +153,18 @@ class StudentLoRA(StudentContent):
     alpha: float
 
 
+class FinetunedLoRA(Model):
+    """`pytorch_lora_weights.safetensors` in diffusers layout, alpha stored: what the teacher draws changes, its steps and sampler do not."""
+
+    kind: Literal["finetuned_lora"] = "finetuned_lora"
+    rank: int
+    alpha: float
+    samples: int
+    """Encoded pictures it was trained on."""
+    training_steps: int
+    teacher: Sha256
+
+
 class Evaluation(Model):
     """`report.html`, `scores.parquet`, `report.json`, sample grids."""
 
@@ -171,7 +183,17 @@ class PublishedModel(Model):
 
 
 Content = Annotated[
-    ImageShards | Measurements | Selection | Latents | Teacher | Pairs | StudentUNet | StudentLoRA | Evaluation | PublishedModel,
+    ImageShards
+    | Measurements
+    | Selection
+    | Latents
+    | Teacher
+    | Pairs
+    | StudentUNet
+    | StudentLoRA
+    | FinetunedLoRA
+    | Evaluation
+    | PublishedModel,
     Field(discriminator="kind"),
 ]
 

@@ -1,13 +1,14 @@
 """The whole plan in one file: one section a stage, and the checks that no section can make alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import attrgetter, gt, lt
 from typing import Annotated
 
-from schemas.base import Field, Mistake, Model, NotIdentity
+from schemas.base import Field, Mistake, Model, NotIdentity, Place
 from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.evaluation import EvaluateConfig, PublishConfig
+from schemas.finetune import FinetuneConfig, FinetuneName
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
@@ -29,6 +30,8 @@ class Recipe(Model):
     """A teacher to load. Exactly one of `teacher` and `train_teacher`."""
     train_teacher: TrainTeacherConfig | None = None
     """A small teacher to train from scratch on the selection."""
+    finetune: dict[FinetuneName, FinetuneConfig] = {}
+    """Style LoRAs and other bases made of the teacher, by name."""
     lightning: LightningConfig | None = None
     lcm: LcmConfig | None = None
     evaluate: EvaluateConfig | None = None
@@ -78,15 +81,15 @@ def _similarity_has_a_source(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _batch_divides(path: str, recipe: Recipe) -> Iterator[Mistake]:
-    config = _training(path, recipe)
-    if config is not None and config.batch_size % config.accumulation_steps:
-        expected = f"expected a divisor of {path}.batch_size = {config.batch_size}"
-        yield (*path.split("."), "accumulation_steps"), config.accumulation_steps, expected
-    elif config is not None and config.world_size is not None and config.batch_size % _parts(config):
-        expected = (
-            f"times {path}.accumulation_steps = {config.accumulation_steps}: expected a divisor of {path}.batch_size = {config.batch_size}"
-        )
-        yield (*path.split("."), "world_size"), config.world_size, expected
+    for place, config in _trainings(path, recipe).items():
+        section = ".".join(map(str, place))
+        if config.batch_size % config.accumulation_steps:
+            expected = f"expected a divisor of {section}.batch_size = {config.batch_size}"
+            yield (*place, "accumulation_steps"), config.accumulation_steps, expected
+        elif config.world_size is not None and config.batch_size % _parts(config):
+            divided = f"{section}.accumulation_steps = {config.accumulation_steps}"
+            expected = f"times {divided}: expected a divisor of {section}.batch_size = {config.batch_size}"
+            yield (*place, "world_size"), config.world_size, expected
 
 
 def _parts(config: TrainingConfig) -> int:
@@ -95,23 +98,27 @@ def _parts(config: TrainingConfig) -> int:
 
 
 def _only_students_are_sharded(path: str, recipe: Recipe) -> Iterator[Mistake]:
-    config = _training(path, recipe)
-    if config is not None and config.sharding == "full":
-        yield (*path.split("."), "sharding"), "full", "a teacher trained here is small: expected none or optimizer"
+    for place, config in _trainings(path, recipe).items():
+        if config.sharding == "full":
+            yield (*place, "sharding"), "full", "a teacher trained here is small: expected none or optimizer"
 
 
 def _warmup_ends(path: str, recipe: Recipe) -> Iterator[Mistake]:
-    config = _training(path, recipe)
-    if config is not None and config.warmup_steps >= config.training_steps:
-        expected = f"the run would end inside its warm-up: expected fewer than {path}.training_steps = {config.training_steps}"
-        yield (*path.split("."), "warmup_steps"), config.warmup_steps, expected
+    for place, config in _trainings(path, recipe).items():
+        if config.warmup_steps >= config.training_steps:
+            section = ".".join(map(str, place))
+            expected = f"the run would end inside its warm-up: expected fewer than {section}.training_steps = {config.training_steps}"
+            yield (*place, "warmup_steps"), config.warmup_steps, expected
 
 
-def _training(path: str, recipe: Recipe) -> TrainingConfig | None:
-    section: TrainingConfig | None = None
-    if getattr(recipe, path.partition(".")[0]) is not None:
-        section = attrgetter(path)(recipe)
-    return section
+def _trainings(path: str, recipe: Recipe) -> Mapping[Place, TrainingConfig]:
+    """The section at a path, or each of its entries where it has them by name; none where the recipe has no such section."""
+    if getattr(recipe, path.partition(".")[0]) is None:
+        return {}
+    section: TrainingConfig | Mapping[str, TrainingConfig] = attrgetter(path)(recipe)
+    if isinstance(section, Mapping):
+        return {(path, name): config for name, config in section.items()}
+    return {tuple(path.split(".")): section}
 
 
 def _links_add_up(recipe: Recipe) -> Iterator[Mistake]:
@@ -133,11 +140,13 @@ def _published_is_measured(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _published_is_made(recipe: Recipe) -> Iterator[Mistake]:
-    if recipe.publish is not None and recipe.lightning is None and recipe.lcm is None and recipe.train_teacher is None:
+    made = (recipe.lightning, recipe.lcm, recipe.train_teacher)
+    styles = any(config.network == "lora" for config in recipe.finetune.values())
+    if recipe.publish is not None and not styles and all(section is None for section in made):
         yield ("publish",), recipe.publish.name, "no stage makes a student: expected a section lightning or lcm"
 
 
-_TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "lightning", "lcm")
+_TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "finetune", "lightning", "lcm")
 
 Recipe.cross_checks = (
     _one_teacher,

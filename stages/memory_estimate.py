@@ -15,6 +15,7 @@ from infra.outside import local_copy
 from infra.store import ArtifactStore
 from schemas.data import EncodeConfig
 from schemas.errors import BadInput
+from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Manifest
@@ -29,6 +30,9 @@ from stages.meta_memory import Footprint, footprint
 from stages.plan import Plan
 from stages.train_teacher.networks import build_unet
 from stages.training.sharding import UNITS
+
+Trained = LinkConfig | LcmConfig | FinetuneConfig
+"""Sections whose training is estimated."""
 
 _FLOAT = 4
 _MOMENTS = 2
@@ -55,8 +59,8 @@ class MemoryEstimate:
 
 
 def memory_estimates(plan: Plan, find: Callable[[str], Manifest | None], store: ArtifactStore) -> dict[str, MemoryEstimate] | None:
-    """Estimate the runs of lightning and lcm that are not finished; None where the teacher's configuration files are not to be had."""
-    wanted = {node.name: node.config for node in plan.nodes if isinstance(node.config, LinkConfig | LcmConfig) and find(node.name) is None}
+    """Estimate the runs that train a UNet of the teacher's and are not finished; None where the teacher's configuration files are not to be had."""
+    wanted = {node.name: node.config for node in plan.nodes if isinstance(node.config, Trained) and find(node.name) is None}
     try:
         teacher = _teacher(plan, find, store) if wanted else None
         return {name: teacher.estimate(config) for name, config in wanted.items()} if teacher is not None else {}
@@ -126,7 +130,7 @@ class TeacherShape:
         side = side if config.resolution_px is None else config.resolution_px // downscale
         return cls(dict(unet.config), (channels, side, side), teacher.max_tokens)
 
-    def estimate(self, config: LinkConfig | LcmConfig) -> MemoryEstimate:
+    def estimate(self, config: Trained) -> MemoryEstimate:
         """Estimate one run."""
         processes = config.world_size or torch.cuda.device_count() or 1
         batch = math.ceil(config.batch_size / (processes * config.accumulation_steps))
@@ -152,8 +156,9 @@ class TeacherShape:
                 turns["student"] = (student.trained, max(trained.peak, trained.held + judged.peak))
                 turns["discriminator"] = (discriminator.trained, self.judging(config, batch).peak)
                 networks.append(discriminator)
-        guided = isinstance(config, LcmConfig) or config.guidance_scale > 1
-        turns["teacher"] = (0, self.asked(config, 2 * batch if guided and asked else batch).peak)
+        if not isinstance(config, FinetuneConfig):  # there nobody teaches
+            guided = isinstance(config, LcmConfig) or config.guidance_scale > 1
+            turns["teacher"] = (0, self.asked(config, 2 * batch if guided and asked else batch).peak)
         gradients, activations = max(turns.values(), key=sum)
         parts |= {"gradients": gradients, "activations": activations}
         if processes > 1 and config.sharding != "none":
@@ -171,7 +176,7 @@ class TeacherShape:
         return _FLOAT * (_PER_SAMPLE * math.prod(self.latent_shape) + text)
 
     # Networks and passes, each made once however many runs share it.
-    def unet(self, config: LinkConfig | LcmConfig | None) -> Any:
+    def unet(self, config: Trained | None) -> Any:
         """The student's UNet on the meta device; the teacher's for None."""
         rank = config.lora_rank if config is not None and config.network == "lora" else None
         checkpointed = config is not None and config.gradient_checkpointing
@@ -209,7 +214,7 @@ class TeacherShape:
 
         return self._once(("discriminator", conditional, checkpointed), make)
 
-    def footprint(self, config: LinkConfig | LcmConfig, batch: int) -> Footprint:
+    def footprint(self, config: Trained, batch: int) -> Footprint:
         """The student's forward and backward pass."""
         unet = self.unet(config)
         return self._pass((id(unet), batch, config.precision), [unet], lambda: self._call(unet, batch), config.precision)

@@ -80,6 +80,11 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs=selected))
     nodes.append(Node("encode", "encode", recipe.encode, seed, inputs=selected | {"teacher": teacher}))
 
+    nodes += [
+        Node(f"finetune-{name}", "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
+        for name, config in recipe.finetune.items()
+    ]
+
     students: list[str] = []
     if recipe.lightning is not None:
         for run in recipe.lightning.runs():
@@ -95,15 +100,9 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _outside(prompts=recipe.evaluate.prompts)))
     if recipe.publish is not None:
-        nodes.append(
-            Node(
-                "publish",
-                "publish",
-                recipe.publish,
-                seed,
-                inputs={"teacher": teacher, "students": tuple(students), "evaluation": "evaluate"},
-            )
-        )
+        styles = tuple(f"finetune-{name}" for name, config in recipe.finetune.items() if config.network == "lora")
+        inputs = {"teacher": teacher, "students": tuple(students), "styles": styles, "evaluation": "evaluate"}
+        nodes.append(Node("publish", "publish", recipe.publish, seed, inputs))
     return tuple(nodes)
 
 

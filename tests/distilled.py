@@ -16,7 +16,7 @@ from PIL import Image
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import FinetunedLoRA, ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
 from stages.diffusion.facts import inspect
 from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import add_lora, lora_parameters, save_lora
@@ -100,6 +100,17 @@ class Chain:
             save_lora(unet, Path(name))
             _write_metrics(Path(name))
             return self._publish(Path(name), "lcm", "lcm", content)
+
+    def style(self, rank: int = 2, alpha: float = 1.5) -> Any:
+        """A style LoRA with random weights."""
+        unet = copy.deepcopy(self.pipeline.unet)
+        add_lora(unet, rank, alpha, seed=3)
+        _shake(lora_parameters(unet), 0.1, seed=4)
+        content = FinetunedLoRA(rank=rank, alpha=alpha, samples=3, training_steps=20, teacher=self.teacher.identity)
+        with tempfile.TemporaryDirectory() as name:
+            save_lora(unet, Path(name))
+            _write_metrics(Path(name))
+            return self._publish(Path(name), "finetune", "finetune-style", content)
 
     def _images(self) -> Any:
         random = np.random.default_rng(5)

@@ -48,6 +48,13 @@ class Conditioning:
         """Repeat a conditioning of batch 1 `batch` times (no copy)."""
         return self._map(lambda tensor: tensor.expand(batch, *tensor.shape[1:]))
 
+    def where(self, keep: Tensor, other: "Conditioning") -> "Conditioning":
+        """The text of the samples that `keep` (B,) is true for, the other's text for the rest; all time ids stay."""
+        pooled = self.pooled
+        if pooled is not None and other.pooled is not None:
+            pooled = torch.where(keep[:, None], pooled, other.pooled)
+        return Conditioning(torch.where(keep[:, None, None], self.prompt_embeds, other.prompt_embeds), pooled, self.time_ids)
+
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Self:
         """Part of the batch; an integer keeps the batch dimension, with size 1."""
         if isinstance(index, int):

@@ -112,12 +112,18 @@ def load_lora(unet: Any, folder: Path) -> list[nn.Parameter]:
 
     Raises `BadInput` for a file that is none of ours.
     """
-    rank, alpha = rank_and_alpha(folder)
-    with _opened(folder / LORA_FILE) as file:
-        state = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    rank, alpha, state = read_lora(folder)
     parameters = add_lora(unet, rank, alpha, seed=0)
     load_lora_state(unet, state)
     return parameters
+
+
+def read_lora(folder: Path) -> tuple[int, float, dict[str, Tensor]]:
+    """Rank, alpha and tensors by peft's names of the adapter saved in `folder`. Raises `BadInput` for a file that is none of ours."""
+    rank, alpha = rank_and_alpha(folder)
+    with _opened(folder / LORA_FILE) as file:
+        state = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    return rank, alpha, state
 
 
 def rank_and_alpha(folder: Path) -> tuple[int, float]:

@@ -31,6 +31,7 @@ def render_card(config: PublishConfig, description: Description, summary: Mappin
         summary=summary,
         tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
         snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
+        style_snippets={name: style_snippet(description, name, prompt) for name in description.styles},
         teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
         training={node: manifest.content.training_steps for node, manifest in students.items()},
         plural=plural,
@@ -42,7 +43,7 @@ def _metadata(config: PublishConfig, description: Description) -> dict[str, Any]
     if config.base_model is not None:
         metadata["base_model"] = config.base_model
     tags = ["text-to-image", "diffusion-distillation", "few-step"]
-    if any(variant.kind == "lora" for variant in description.variants.values()):
+    if description.kohya:
         tags.append("lora")
     return metadata | {"tags": tags + sorted({variant.method for variant in description.variants.values()})}
 
@@ -91,6 +92,22 @@ def teacher_snippet(description: Description, prompt: str) -> str:
             f'model = "{description.name}"  # this folder, or its id on the hub',
             f"pipeline = {description.pipeline}.from_pretrained(model, torch_dtype=torch.float32)",
             f'pipeline.scheduler = {teacher.scheduler}.from_pretrained(model, subfolder="{TEACHER}/scheduler")',
+            *_draw(prompt, teacher.steps, teacher.guidance_scale),
+        ]
+    )
+
+
+def style_snippet(description: Description, name: str, prompt: str) -> str:
+    """Python that puts one style on the teacher and draws as the teacher was measured; from the hub's base model with its own scheduler."""
+    teacher, complete = description.teacher, description.complete
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {', '.join(sorted([teacher.scheduler, description.pipeline] if complete else [description.pipeline]))}",
+            "",
+            f'model = "{description.name}"  # this folder, or its id on the hub',
+            *_load_lora(description, name),
+            *([f'pipeline.scheduler = {teacher.scheduler}.from_pretrained(model, subfolder="{TEACHER}/scheduler")'] if complete else []),
             *_draw(prompt, teacher.steps, teacher.guidance_scale),
         ]
     )

@@ -4,16 +4,19 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from schemas.base import Model
 from schemas.evaluation import PublishConfig
-from schemas.manifest import Evaluation, Manifest, PublishedModel, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Evaluation, FinetunedLoRA, Manifest, PublishedModel, StudentLoRA, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.facts import read_config
+from stages.diffusion.kohya import save_kohya
+from stages.diffusion.lora import LORA_FILE
 from stages.evaluate.schedulers import checked_scheduler
 from stages.publish.card import render_card
 from stages.publish.export import check_destination, export_folder
-from stages.publish.variants import DESCRIPTION, TEACHER, Description, TeacherSampling, variant_names, variant_of
+from stages.publish.variants import DESCRIPTION, TEACHER, Description, TeacherSampling, style_of, variant_names, variant_of
 from stages.students import weight_files
 from stages.workspace import Workspace
 
@@ -29,6 +32,7 @@ class Inputs(Model):
 
     teacher: Manifest[Teacher]
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+    styles: dict[str, Manifest[FinetunedLoRA]] = {}
     evaluation: Manifest[Evaluation]
 
 
@@ -47,6 +51,7 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         check_destination(config.destination)
     teacher = workspace.fetch(inputs.teacher)
     scheduler_config = read_config(teacher, "scheduler", "scheduler_config.json")
+    unet_config = read_config(teacher, "unet")
     evaluation = workspace.fetch(inputs.evaluation, ["report.json", *_PICTURES])
     summary = json.loads((evaluation / "report.json").read_text(encoding="utf-8"))
     with workspace.folder("published") as folder:
@@ -66,7 +71,12 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
             files = weight_files(manifest)
             _copy(files, workspace.fetch(manifest, files), folder / names[node])
             scheduler.save_pretrained(folder / names[node] / "scheduler")
-            variants[names[node]] = variant_of(manifest, scheduler)
+            kohya = _add_kohya(folder / names[node], unet_config, config.name) if LORA_FILE in files else None
+            variants[names[node]] = variant_of(manifest, scheduler, kohya)
+        styles = {}
+        for node, style in inputs.styles.items():
+            _copy([LORA_FILE], workspace.fetch(style, [LORA_FILE]), folder / node)
+            styles[node] = style_of(style, _add_kohya(folder / node, unet_config, config.name))
         description = Description(
             name=config.name,
             pipeline=inputs.teacher.content.architecture,
@@ -77,6 +87,7 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
                 scheduler=type(of_teacher).__name__, steps=reference["steps"], guidance_scale=reference["guidance_scale"]
             ),
             variants=variants,
+            styles=styles,
         )
         (folder / DESCRIPTION).write_text(description.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(render_card(config, description, summary, inputs.students), encoding="utf-8")
@@ -87,6 +98,13 @@ def run(config: PublishConfig, inputs: Inputs, workspace: Workspace) -> Manifest
         if config.destination is not None:
             export_folder(folder, config.destination)
         return made
+
+
+def _add_kohya(folder: Path, unet_config: Mapping[str, Any], model: str) -> str:
+    """Write a LoRA's second file beside its first and return its name, which says what it is where all lie in one folder."""
+    path = folder / f"{model}-{folder.name}-kohya.safetensors"
+    save_kohya(folder, unet_config, path)
+    return path.name
 
 
 def _copy(paths: Iterable[str], source: Path, destination: Path) -> None:

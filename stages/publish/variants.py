@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from schemas.base import Field, Model
 from schemas.errors import BadInput
-from schemas.manifest import Manifest, StudentLoRA, StudentUNet
+from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentUNet
 
 DESCRIPTION = "distillery.json"
 """File at the root of a published model that names its variants."""
@@ -34,6 +34,22 @@ class Variant(Model):
     """Step of the plan that made it."""
     identity: str
     """Artifact it was made from."""
+    kohya: str | None = None
+    """Beside a LoRA's file in diffusers layout the same in kohya's key format, which ComfyUI and A1111 read."""
+
+
+class Style(Model):
+    """A LoRA that changes what is drawn, in the subfolder of its name: sampled as what it is put on."""
+
+    rank: int
+    alpha: float
+    samples: int
+    """Pictures it was trained on."""
+    training_steps: int
+    identity: str
+    """Artifact it was made from."""
+    kohya: str
+    """As of a variant."""
 
 
 TEACHER = "teacher"
@@ -63,6 +79,15 @@ class Description(Model):
     base_model: str | None = None
     teacher: TeacherSampling
     variants: dict[str, Variant] = Field(default_factory=dict)
+    styles: dict[str, Style] = Field(default_factory=dict)
+
+    @property
+    def kohya(self) -> dict[str, str]:
+        """By variant or style the path of its LoRA in kohya's key format."""
+        named = {name: variant.kohya for name, variant in self.variants.items()} | {
+            name: style.kohya for name, style in self.styles.items()
+        }
+        return {name: f"{name}/{file}" for name, file in named.items() if file is not None}
 
     def choose(self, steps: int, name: str | None = None) -> tuple[str, Variant]:
         """Return the variant of that name, or the only one for that step count. Raises `BadInput` with those there are."""
@@ -90,8 +115,8 @@ def _name(manifest: StudentManifest) -> str:
     return manifest.lineage.stage + steps + ("-lora" if isinstance(content, StudentLoRA) else "")
 
 
-def variant_of(manifest: StudentManifest, scheduler: Any) -> Variant:
-    """Describe a student and the scheduler it is published with."""
+def variant_of(manifest: StudentManifest, scheduler: Any, kohya: str | None) -> Variant:
+    """Describe a student, the scheduler it is published with, and the name of its file in kohya's key format."""
     content = manifest.content
     return Variant(
         kind="lora" if isinstance(content, StudentLoRA) else "unet",
@@ -105,4 +130,18 @@ def variant_of(manifest: StudentManifest, scheduler: Any) -> Variant:
         method=content.method,
         node=manifest.lineage.node,
         identity=manifest.identity,
+        kohya=kohya,
+    )
+
+
+def style_of(manifest: Manifest[FinetunedLoRA], kohya: str) -> Style:
+    """Describe a style LoRA, and the name of its file in kohya's key format."""
+    content = manifest.content
+    return Style(
+        rank=content.rank,
+        alpha=content.alpha,
+        samples=content.samples,
+        training_steps=content.training_steps,
+        identity=manifest.identity,
+        kohya=kohya,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from schemas.teacher import TrainTeacherConfig
+from stages.denoising import min_snr_weight, stratified_timesteps
 from stages.diffusion.prediction import prediction_type
 from stages.diffusion.schedule import NoiseSchedule
 from stages.train_teacher.networks import BETAS
@@ -59,12 +60,10 @@ class DenoiserMethod(Method[CaptionedLatents, Noised]):
         return {name: network.state_dict() for name, network in self._networks().items()}
 
     def prepare(self, batch: CaptionedLatents, draw: Draw) -> Noised:
-        """Noise each sample to a timestep of its own stratum of 0..T-1, which lowers the variance of the loss."""
+        """Noise each sample to a timestep of its own."""
         latents = batch.latents.to(draw.device)
         eps = draw.normal("eps", latents.shape[1:])
-        strata = torch.tensor(list(draw.positions), device=draw.device)
-        uniform = (strata + draw.uniform("timestep")) / self.config.training.batch_size
-        timesteps = (uniform * self.schedule.num_train_timesteps).long().clamp(max=self.schedule.num_train_timesteps - 1)
+        timesteps = stratified_timesteps(draw, self.config.training.batch_size, self.schedule.num_train_timesteps)
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         return Noised(
             x_t=self.schedule.add_noise(latents, eps, timesteps).contiguous(memory_format=torch.channels_last),
@@ -102,11 +101,3 @@ def encode_tokens(text_encoders: Sequence[Any], tokens: tuple[Tensor, Tensor]) -
     first = text_encoders[0](tokens[0], output_hidden_states=True)
     second = text_encoders[1](tokens[1], output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
-
-
-def min_snr_weight(snr: Tensor, gamma: float | None, prediction: str) -> Tensor:
-    """Min-SNR-gamma weight (B,) of the squared error of a prediction (arXiv 2303.09556, 3.4); ones without gamma."""
-    if gamma is None:
-        return torch.ones_like(snr)
-    scale = {"epsilon": snr, "v_prediction": snr + 1}[prediction]
-    return snr.clamp(max=gamma) / scale

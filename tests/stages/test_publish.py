@@ -49,7 +49,8 @@ class Published:
         inputs = self.chain.inputs() | {"students": self.students}
         workspace = make_workspace(folder, self.chain.store, identity="evaluation")
         self.evaluation: Any = evaluate.run(EVALUATE, evaluate.Inputs.model_validate(inputs), workspace)
-        self.inputs = {"teacher": self.chain.teacher, "students": self.students, "evaluation": self.evaluation}
+        styles = {"finetune-style": self.chain.style()}
+        self.inputs = {"teacher": self.chain.teacher, "students": self.students, "styles": styles, "evaluation": self.evaluation}
         self.manifest = self.run(folder, PUBLISH, "published")
         self.folder = self.chain.store.fetch(self.manifest)
 
@@ -182,6 +183,35 @@ def test_schedulers_are_those_of_the_students(published: Published) -> None:
     }
     assert variants["lcm-5step"]["guidance_range"] == [3, 15]
     assert not [entry.path for entry in published.manifest.files if entry.path.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
+
+
+@pytest.mark.parametrize(("name", "guidance_scale"), [("lcm-lora", 1.0), ("finetune-style", EVALUATE.teacher_guidance_scale)])
+def test_a_lora_lies_beside_in_kohyas_key_format_and_draws_the_same(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, guidance_scale: float
+) -> None:
+    path = f"{name}/{PUBLISH.name}-{name}-kohya.safetensors"
+    assert f"[{path}]({path})" in (published.folder / "README.md").read_text()
+    assert read_description(published.folder).kohya[name] == path
+    names = _as_on_the_card(published, tmp_path, monkeypatch, name)
+    pipeline = names["pipeline"]
+
+    def drawn() -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        return np.asarray(pipeline(names["prompt"], num_inference_steps=4, guidance_scale=guidance_scale, generator=generator).images[0])
+
+    pipeline.unload_lora_weights()
+    assert not np.array_equal(drawn(), np.asarray(names["image"])), "the LoRA does something"
+    pipeline.load_lora_weights(published.folder / path)
+    assert np.array_equal(drawn(), np.asarray(names["image"]))
+
+
+def test_a_style_is_described_and_is_no_variant(published: Published) -> None:
+    description = read_description(published.folder)
+    style = description.styles["finetune-style"]
+    assert (style.rank, style.alpha, style.samples, style.training_steps) == (2, 1.5, 3, 20)
+    assert style.identity in (published.folder / "README.md").read_text()
+    assert "finetune-style" not in description.variants
+    assert set(description.kohya) == {"lcm-lora", "finetune-style"}
 
 
 def test_again_gives_equal_bytes(published: Published, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from schemas.errors import BadInput
 from schemas.teacher import TrainTeacherConfig
+from stages.denoising import min_snr_weight
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.train_teacher import Inputs, run
 from stages.train_teacher.autoencoder import encode_all, standardise
-from stages.train_teacher.denoiser import encode_tokens, min_snr_weight
+from stages.train_teacher.denoiser import encode_tokens
 from stages.train_teacher.networks import assemble_pipeline, build_autoencoder, build_text_encoders, build_unet, seeded
 from stages.train_teacher.vocabulary import END, START, build_tokenizers
 from tests.stages.killed import Job, parts_of, run_until_it_dies
@@ -121,10 +122,11 @@ def test_captions_are_encoded_as_the_pipeline_encodes_them() -> None:
 
 
 def test_min_snr_weights() -> None:
-    """arXiv 2303.09556, 3.4: min(SNR, gamma) / SNR for noise, min(SNR, gamma) / (SNR + 1) for velocity."""
+    """arXiv 2303.09556, 3.4: min(SNR, gamma) for x0, over SNR for noise, over SNR + 1 for velocity."""
     snr = torch.tensor([0.1, 5.0, 20.0])
     torch.testing.assert_close(min_snr_weight(snr, 5.0, "epsilon"), torch.tensor([1.0, 1.0, 0.25]))
     torch.testing.assert_close(min_snr_weight(snr, 5.0, "v_prediction"), torch.tensor([0.1 / 1.1, 5 / 6, 5 / 21]))
+    torch.testing.assert_close(min_snr_weight(snr, 5.0, "sample"), torch.tensor([0.1, 5.0, 5.0]))
     assert min_snr_weight(snr, None, "epsilon").tolist() == [1, 1, 1]
 
 
