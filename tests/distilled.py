@@ -56,7 +56,7 @@ class Chain:
     def unet(self, steps: int, *, change: float = 0.05, prediction_type: str | None = None, **more: Any) -> Any:
         """A student of `steps` steps: the teacher's UNet, every weight moved a little."""
         unet = copy.deepcopy(self.pipeline.unet)
-        _shake(list(unet.parameters()), change, seed=steps)
+        shake(list(unet.parameters()), change, seed=steps)
         settings = {"steps": (steps,), "timesteps": {steps: trailing_timesteps(steps)}} | more
         content = StudentUNet(
             method="lightning-mse",
@@ -76,7 +76,7 @@ class Chain:
         """An LCM-LoRA for 4 and 2 steps, its weights random, alpha unlike its rank."""
         unet = copy.deepcopy(self.pipeline.unet)
         add_lora(unet, rank, alpha, seed=1)
-        _shake(lora_parameters(unet), 0.1, seed=2)
+        shake(lora_parameters(unet), 0.1, seed=2)
         content = StudentLoRA(
             method="lcm",
             steps=(4, 2),
@@ -132,7 +132,8 @@ class Chain:
         return manifest
 
 
-def _shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> None:
+def shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> None:
+    """Add noise of the standard deviation `amount`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:

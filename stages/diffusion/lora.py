@@ -39,7 +39,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name `load_lora_weights` looks for in a folder."""
 
 _ADAPTER = "default"
-_METADATA_KEY = "lora_adapter_metadata"  # where diffusers' loaders read rank and alpha from
+METADATA_KEY = "lora_adapter_metadata"
+"""Where diffusers' loaders read rank and alpha from."""
 
 
 def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parameter]:
@@ -103,7 +104,7 @@ def save_lora(unet: Any, folder: Path, dtype: torch.dtype | None = None) -> Path
     tensors = {f"unet.{name}": tensor.to(dtype=dtype) for name, tensor in lora_state(unet).items()}
     path = folder / LORA_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, tensors, {"format": "pt", _METADATA_KEY: json.dumps(described, sort_keys=True)})
+    save_tensors(path, tensors, {"format": "pt", METADATA_KEY: json.dumps(described, sort_keys=True)})
     return path
 
 
@@ -115,12 +116,12 @@ def load_lora(unet: Any, folder: Path) -> list[nn.Parameter]:
     path = folder / LORA_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot be read ({error}); expected a LoRA in diffusers layout") from error
     if not {"unet.r", "unet.lora_alpha"} <= described.keys():
-        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {_METADATA_KEY} with unet.r and unet.lora_alpha")
+        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {METADATA_KEY} with unet.r and unet.lora_alpha")
     parameters = add_lora(unet, described["unet.r"], described["unet.lora_alpha"], seed=0)
     load_lora_state(unet, state)
     return parameters
