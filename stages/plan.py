@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from schemas.base import Model, digest
 from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig
 from schemas.recipe import Recipe
 from stages.registry import stage
 
@@ -92,7 +93,7 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         students.append("lcm")
     if recipe.evaluate is not None:
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
-        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _outside(prompts=recipe.evaluate.prompts)))
+        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:
         nodes.append(
             Node(
@@ -104,6 +105,13 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
             )
         )
     return tuple(nodes)
+
+
+def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
+    places = _outside(prompts=config.prompts)
+    for entry in config.transfer:
+        places |= entry.outside()
+    return places
 
 
 def _outside(**addresses: str | None) -> dict[str, str]:
