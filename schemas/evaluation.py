@@ -1,10 +1,49 @@
 """Recipe sections that measure and hand out: `evaluate`, `publish`."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from schemas.base import Field, Mistake, Model, NotIdentity
 from schemas.training import PositiveInt
+
+
+class TransferConfig(Model):
+    """An entry of `evaluate.transfer`: another teacher, or pictures of another shape, that the LoRAs are put to, measured against that teacher's own
+    samples."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
+    """Lower case, digits, dashes."""
+    base: Annotated[str | None, NotIdentity] = None
+    """Pipeline folder in diffusers layout, or address of one, of the teacher's architecture. null: the teacher. Identity has its content."""
+    style: Annotated[str | None, NotIdentity] = None
+    """LoRA file or folder in diffusers layout, added to the base's weights. Identity has its content."""
+    style_weight: float = 0.8
+    """LCM-LoRA, arXiv 2311.05556, 3.3."""
+    size_px: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width of the pictures, such as `[1344, 768]`: another aspect ratio. null: the base's resolution, square."""
+
+    def outside_name(self, field: str) -> str:
+        """The name by which the plan and the stage know what lies outside, as in the recipe."""
+        return f"transfer.{self.name}.{field}"
+
+    def outside(self) -> dict[str, str]:
+        """Addresses of what lies outside, by name."""
+        places = {"base": self.base, "style": self.style}
+        return {self.outside_name(field): place for field, place in places.items() if place is not None}
+
+    def describe(self) -> str:
+        """What is changed, without places."""
+        base = "the teacher" if self.base is None else "another base"
+        style = "" if self.style is None else f" with a style at {self.style_weight:g}"
+        return base + style + ("" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px")
+
+
+def _something_changes(config: TransferConfig) -> Iterator[Mistake]:
+    if config.base is None and config.style is None and config.size_px is None:
+        yield ("base",), None, "an entry without base, style and size_px is the teacher itself: expected one of them at least"
+
+
+TransferConfig.cross_checks = (_something_changes,)
 
 
 class EvaluateConfig(Model):
@@ -26,6 +65,23 @@ class EvaluateConfig(Model):
     batch_size: PositiveInt = 8
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of prompts and starting noise. null: the recipe's."""
+    transfer: tuple[TransferConfig, ...] = ()
+    """Other bases and styles that the LoRAs among the students are measured on."""
+
+    def identity_fields(self) -> dict[str, Any]:
+        """As of any model; an evaluation without transfer is the one it was before there was such a field."""
+        fields = super().identity_fields()
+        return fields if self.transfer else {name: value for name, value in fields.items() if name != "transfer"}
+
+
+def _transfers_have_names_of_their_own(config: EvaluateConfig) -> Iterator[Mistake]:
+    names = [entry.name for entry in config.transfer]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            yield ("transfer", number, "name"), name, "an entry before it has this name: expected another"
+
+
+EvaluateConfig.cross_checks = (_transfers_have_names_of_their_own,)
 
 
 class PublishConfig(Model):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from schemas.base import Model, digest
 from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig
 from schemas.recipe import Recipe
 from stages.registry import stage
 
@@ -98,12 +99,19 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         students.append("lcm")
     if recipe.evaluate is not None:
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
-        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _outside(prompts=recipe.evaluate.prompts)))
+        nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:
         styles = tuple(f"finetune-{name}" for name, config in recipe.finetune.items() if config.network == "lora")
         inputs = {"teacher": teacher, "students": tuple(students), "styles": styles, "evaluation": "evaluate"}
         nodes.append(Node("publish", "publish", recipe.publish, seed, inputs))
     return tuple(nodes)
+
+
+def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
+    places = _outside(prompts=config.prompts)
+    for entry in config.transfer:
+        places |= entry.outside()
+    return places
 
 
 def _outside(**addresses: str | None) -> dict[str, str]:

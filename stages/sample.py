@@ -19,7 +19,7 @@ define_missing_ops()
 import diffusers  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
-from stages.publish.variants import DESCRIPTION, TEACHER, Description  # noqa: E402
+from stages.publish.variants import COMPOSITION, DESCRIPTION, TEACHER, Composition, Description  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,24 @@ def read_description(folder: Path) -> Description:
         raise BadInput(f"{path}: not a description of this version ({error.error_count()} mistakes)") from error
 
 
+def read_composition(folder: Path) -> Composition:
+    """Read `composition.json` of a composed model. Raises `BadInput` when there is none of this version."""
+    path = folder / COMPOSITION
+    try:
+        return Composition.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise BadInput(f"{path}: cannot be read; expected what distill compose has written") from error
+
+
+def set_adapters(pipeline: Any, folder: Path, composition: Composition) -> None:
+    """Put the LoRAs in `folder`, kept apart in files of their adapters' names, on a pipeline. Raises `BadInput` when one cannot be loaded."""
+    weights = {ingredient.adapter: ingredient.weight for ingredient in composition.ingredients}
+    for adapter in weights:
+        with _loading(f"{folder}/{adapter}.safetensors"):
+            pipeline.load_lora_weights(str(folder), weight_name=f"{adapter}.safetensors", adapter_name=adapter)
+    pipeline.set_adapters(list(weights), adapter_weights=list(weights.values()))
+
+
 def sample(
     published: Path,
     prompt: str,
@@ -101,6 +119,8 @@ def sample(
         if chosen.kind == "lora":
             with _loading(f"{published}/{name}/{LORA_FILE}"):
                 pipeline.load_lora_weights(str(published), subfolder=name, weight_name=LORA_FILE)
+        elif chosen.kind == "adapters":
+            set_adapters(pipeline, published / name, read_composition(published))
     logger.info("%s: %s, %d steps", description.name, name, steps)
     with _loading(f"{published}/{name}/scheduler"):
         pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")

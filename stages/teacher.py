@@ -58,9 +58,7 @@ def run(config: TeacherConfig, inputs: Inputs, workspace: Workspace) -> Manifest
             raise _is_a_file(address)
         with _said_of_the_source():
             files = pipeline_files(source, config.variant)
-        for done, (name, path) in enumerate(sorted(files.items()), start=1):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy(path, target / name, config.variant)
+        for done, _ in enumerate(copy_pipeline(files, target, config.variant), start=1):
             workspace.progress.update(done, len(files), "files")
         with _said_of_the_source():
             content = describe(target)
@@ -104,7 +102,7 @@ def describe(folder: Path) -> Teacher:
 def weights_digest(folder: Path) -> str:
     """Digest over the relative path and SHA-256 of every file in `folder`: equal for equal teachers."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return digest([[path.relative_to(folder).as_posix(), _sha256(path)] for path in files])
+    return digest([[path.relative_to(folder).as_posix(), sha256(path)] for path in files])
 
 
 def pipeline_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -138,6 +136,14 @@ def is_wanted(path: str, variant: str | None) -> bool:
     return name.suffix in _SIDE_FILES
 
 
+def copy_pipeline(files: Mapping[str, Path], target: Path, variant: str | None = None) -> Iterator[str]:
+    """Copy the `pipeline_files` of a pipeline to the folder `target`; yields each file's name when it is there."""
+    for name, path in sorted(files.items()):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy(path, target / name, variant)
+        yield name
+
+
 def _copy(source: Path, target: Path, variant: str | None) -> None:
     """Copy a file; an index of shards gets the shards' plain names, and a pipeline's index only what was copied."""
     if ".safetensors.index" in source.name and variant is not None:
@@ -157,6 +163,7 @@ def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

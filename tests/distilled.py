@@ -60,7 +60,7 @@ class Chain:
         unet = copy.deepcopy(self.pipeline.unet)
         if told:
             add_guidance_input(unet)
-        _shake(list(unet.parameters()), change, seed=steps)
+        shake(list(unet.parameters()), change, seed=steps)
         settings = {"steps": (steps,), "timesteps": {steps: trailing_timesteps(steps)}, "method": "lightning-mse", "sampler": "trailing"}
         content = StudentUNet(
             prediction_type=prediction_type or self.teacher.content.prediction_type,
@@ -83,7 +83,7 @@ class Chain:
         """An LCM-LoRA for 4 and 2 steps, its weights random, alpha unlike its rank."""
         unet = copy.deepcopy(self.pipeline.unet)
         add_lora(unet, rank, alpha, seed=1)
-        _shake(lora_parameters(unet), 0.1, seed=2)
+        shake(lora_parameters(unet), 0.1, seed=2)
         content = StudentLoRA(
             method="lcm",
             steps=(4, 2),
@@ -105,7 +105,7 @@ class Chain:
         """A style LoRA with random weights."""
         unet = copy.deepcopy(self.pipeline.unet)
         add_lora(unet, rank, alpha, seed=3)
-        _shake(lora_parameters(unet), 0.1, seed=4)
+        shake(lora_parameters(unet), 0.1, seed=4)
         content = FinetunedLoRA(rank=rank, alpha=alpha, samples=3, training_steps=20, teacher=self.teacher.identity)
         with tempfile.TemporaryDirectory() as name:
             save_lora(unet, Path(name))
@@ -150,7 +150,8 @@ class Chain:
         return manifest
 
 
-def _shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> None:
+def shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> None:
+    """Add noise of the standard deviation `amount`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:

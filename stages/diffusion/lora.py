@@ -39,7 +39,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name `load_lora_weights` looks for in a folder."""
 
 _ADAPTER = "default"
-_METADATA_KEY = "lora_adapter_metadata"  # where diffusers' loaders read rank and alpha from
+METADATA_KEY = "lora_adapter_metadata"
+"""Where diffusers' loaders read rank and alpha from."""
 
 
 def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parameter]:
@@ -103,7 +104,7 @@ def save_lora(unet: Any, folder: Path, dtype: torch.dtype | None = None) -> Path
     tensors = {f"unet.{name}": tensor.to(dtype=dtype) for name, tensor in lora_state(unet).items()}
     path = folder / LORA_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, tensors, {"format": "pt", _METADATA_KEY: json.dumps(described, sort_keys=True)})
+    save_tensors(path, tensors, {"format": "pt", METADATA_KEY: json.dumps(described, sort_keys=True)})
     return path
 
 
@@ -130,9 +131,9 @@ def rank_and_alpha(folder: Path) -> tuple[int, float]:
     """Of the adapter saved in `folder`. Raises `BadInput` for a file that is none of ours."""
     path = folder / LORA_FILE
     with _opened(path) as file:
-        described = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+        described = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     if not {"unet.r", "unet.lora_alpha"} <= described.keys():
-        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {_METADATA_KEY} with unet.r and unet.lora_alpha")
+        raise BadInput(f"{path}: rank and alpha are not stored; expected metadata {METADATA_KEY} with unet.r and unet.lora_alpha")
     return int(described["unet.r"]), float(described["unet.lora_alpha"])
 
 

@@ -42,6 +42,7 @@ def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mappin
         legend=[(family, swatch(slots[family])) for family in families],
         tables=[_table(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
+        transfers=[_transfer(entry) for entry in summary.get("transfers", ())],
         tiles=_tiles(summary),
         grid=_grid(grid),
         curves=[(name, _curve(name, lines)) for name, lines in curves.items() if lines],
@@ -77,6 +78,16 @@ def _table(summary: Mapping[str, Any], metric: str, title: str, families: Sequen
         ]
         lines.append({"family": family, "swatch": swatch(slots[family]), "cells": cells})
     return {"title": title, "steps": steps, "lines": lines}
+
+
+def _transfer(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One changed teacher: a line a family, the teacher itself first, a column a step count."""
+    values = {(row["family"], row["steps"]): row["fid_teacher"] for row in entry["rows"]}
+    families = list(dict.fromkeys(family for family, _ in values))
+    steps = sorted({count for _, count in values}, reverse=True)
+    cells = {family: ["" if (value := values.get((family, count))) is None else figure(value) for count in steps] for family in families}
+    lines = [{"family": family, "cells": cells[family]} for family in families]
+    return {"name": entry["name"], "changed": entry["changed"], "steps": steps, "lines": lines}
 
 
 def _quality(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:

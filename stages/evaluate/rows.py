@@ -30,6 +30,8 @@ class Row:
     """Imagen convention, uncond + s (cond - uncond); 1 means none."""
     guidance_input: bool = False
     """Whether the network is told the scale, in the place of guidance."""
+    on: str | None = None
+    """Entry of `evaluate.transfer`: another teacher than the student's own."""
 
     @classmethod
     def of_student(cls, model: str, family: str, steps: int, content: StudentUNet | StudentLoRA) -> Self:
@@ -47,13 +49,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """`<model>@<steps>`, the key of the scores."""
-        return f"{self.model}@{self.steps}"
+        """`<model>@<steps>`, the key of the scores; on another teacher `<model>@<steps>+<entry>`."""
+        return f"{self.model}@{self.steps}" + (f"+{self.on}" if self.on else "")
 
     @property
     def slug(self) -> str:
         """The name as part of a file's name."""
-        return f"{self.model}-at-{self.steps}"
+        return f"{self.model}-at-{self.steps}" + (f"-on-{self.on}" if self.on else "")
 
 
 def rows_of(config: EvaluateConfig, teacher: Teacher, students: Mapping[str, StudentManifest]) -> tuple[Row, ...]:

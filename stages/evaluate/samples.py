@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from schemas.errors import CorruptArtifact, RunFailed
 from stages.diffusion.conditioning import Conditioning
@@ -35,11 +36,33 @@ _ENCODED_BYTES: Final = 2 * 2**30
 class Sampler:
     """What all rows share: the pipeline, the prompts and the noise."""
 
-    def __init__(self, pipeline: TeacherPipeline, prompts: PromptSet, *, seed: int, batch_size: int, tick: Callable[[int], None]) -> None:
-        """`tick` hears the number of images as they are done."""
+    def __init__(
+        self,
+        pipeline: TeacherPipeline,
+        prompts: PromptSet,
+        *,
+        seed: int,
+        batch_size: int,
+        tick: Callable[[int], None],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """`tick` hears the number of images as they are done; `size` is their height and width in pixels where it is not the pipeline's own."""
         self.pipeline, self.prompts, self.seed, self.batch_size, self.tick = pipeline, prompts, seed, batch_size, tick
+        self.size = size
         self._unconditional: Conditioning | None = None
         self._encoded: dict[int, Conditioning] = {}
+
+    def on(self, pipeline: TeacherPipeline, size: tuple[int, int] | None) -> "Sampler":
+        """The same prompts and noise for another pipeline; of another size, noise of that shape from the same seeds."""
+        return Sampler(pipeline, self.prompts, seed=self.seed, batch_size=self.batch_size, tick=self.tick, size=size)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        channels, height, width = self.pipeline.latent_shape
+        if self.size is not None:
+            height, width = (side // self.pipeline.downscale for side in self.size)
+        return channels, height, width
 
     def batch(self, row: Row, denoiser: Denoiser, first: int) -> Pixels:
         """RGB pictures (B, H, W, 3) of the images `first` to `first + batch_size`, those a plain diffusers call gives, bit for bit.
@@ -53,7 +76,7 @@ class Sampler:
         generators = [image_generator(self.seed, index) for index in range(first, first + conditioning.batch)]
         latents = sample(
             denoiser,
-            draw_noise(generators, self.pipeline.latent_shape, self.pipeline.device),
+            draw_noise(generators, self.latent_shape, self.pipeline.device),
             conditioning,
             scheduler=scheduler_of(row, self.pipeline.scheduler_config),
             steps=row.steps,
@@ -70,15 +93,20 @@ class Sampler:
     def _conditioning(self, first: int) -> Conditioning:
         if first in self._encoded:
             return self._encoded[first]
-        conditioning = self.pipeline.conditioning(self.prompts.images[first : first + self.batch_size])
+        conditioning = self.pipeline.encode_prompts(self.prompts.images[first : first + self.batch_size])
+        conditioning = conditioning.with_time_ids(self._time_ids())
         if conditioning.prompt_embeds[0].nbytes * len(self.prompts.images) <= _ENCODED_BYTES:
             self._encoded[first] = conditioning
         return conditioning
 
     def _no_text(self) -> Conditioning:
         if self._unconditional is None:
-            self._unconditional = self.pipeline.unconditional().with_time_ids(self.pipeline.time_ids())
+            self._unconditional = self.pipeline.unconditional().with_time_ids(self._time_ids())
         return self._unconditional
+
+    def _time_ids(self) -> Tensor | None:
+        """(1, 6): original and target size are the pictures' own, as in diffusers' pipelines."""
+        return self.pipeline.time_ids(original_hw=self.size, target_hw=self.size)
 
 
 def scheduler_of(row: Row, scheduler_config: Mapping[str, Any]) -> Any:

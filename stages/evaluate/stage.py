@@ -32,6 +32,7 @@ from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
 from stages.evaluate.summary import Measured, Scores, Sources, summarise
+from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
 from stages.selected import SelectedPictures
 from stages.students import load_student, weight_files
 from stages.training.randomness import derive_seed
@@ -39,6 +40,9 @@ from stages.workspace import Workspace
 
 Measure = Callable[[Iterable[Pixels]], NDArray[np.float32]]
 """From pictures (H, W, 3) to features (N, D)."""
+
+FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser]], FeatureStatistics]
+"""From a row, the sampler of its prompts and noise, and what loads its denoiser, to the statistics of its samples."""
 
 _DECIMALS: Final = 6
 """Digits of a score after the point: features are float32, so what follows is rounding."""
@@ -59,6 +63,7 @@ class Inputs(Model):
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for the extractor's packages and at a prompts file on this machine, hours before they are needed. Raises `BadInput`."""
     extractor_spec(config.extractor)
+    preflight_transfers(config, outside)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
         read_prompts(Path(outside["prompts"].removeprefix("file://")))
 
@@ -78,8 +83,10 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     rows = rows_of(config, inputs.teacher.content, inputs.students)
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
+    transfers = open_transfers(config, inputs.teacher, inputs.students, rows, workspace)
 
-    tick = _ticker(workspace, (len(rows) + 1) * len(prompts.images))
+    sets = len(rows) + 1 + sum(len(transfer.rows) + 1 for transfer in transfers)
+    tick = _ticker(workspace, sets * len(prompts.images))
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
     reference = replace(rows[0], model="reference")
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
@@ -91,17 +98,22 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
 
     with workspace.folder("evaluation") as folder:
         samples = {row.name: folder / "samples" / row.slug for row in rows}
-        statistics: dict[str, FeatureStatistics] = {}
-        for row in rows:
-            sample_row(row, functools.partial(_denoiser, row, pipeline, inputs, workspace), sampler, pieces, samples[row.name])
-            pictures = functools.partial(read_pictures, samples[row.name])
-            statistics[row.name] = _features(row.slug, pictures, measure, pieces)
+
+        def features(row: Row, of: Sampler, load: Callable[[], Denoiser]) -> FeatureStatistics:
+            target = folder / "samples" / row.slug
+            sample_row(row, load, of, pieces, target)
+            made = _features(row.slug, functools.partial(read_pictures, target), measure, pieces)
             _free(workspace.device)
-        sample_row(reference, pipeline.denoiser, other_noise, pieces, folder / "samples" / reference.slug)
-        of_teacher = _features(reference.slug, functools.partial(read_pictures, folder / "samples" / reference.slug), measure, pieces)
+            return made
+
+        statistics = {row.name: features(row, sampler, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in rows}
+        of_teacher = features(reference, other_noise, pipeline.denoiser)
         chosen = SelectedPictures.open(inputs.images, inputs.selection, workspace)
         real = _features("real", lambda: real_pictures(chosen, pipeline.resolution), measure, pieces)
 
+        elsewhere: dict[str, float] = {}
+        for transfer in transfers:
+            elsewhere |= _elsewhere(transfer, features, (sampler, other_noise), inputs, workspace)
         measured = Measured(
             identity=workspace.identity,
             config=config,
@@ -111,10 +123,23 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             prompts=prompts,
             extractor=spec,
             real_images=real.images,
+            transfers=tuple(summarise_transfers(transfers, elsewhere)),
         )
         _write_report(folder, measured, inputs, samples, workspace)
         scores = {name: dict(values) for name, values in measured.scores.items()}
+        scores |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
         return workspace.publish(folder, Evaluation(scores=scores, prompts=prompts.distinct))
+
+
+def _elsewhere(
+    transfer: Transfer, features: FeaturesOf, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
+) -> dict[str, float]:
+    """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
+    pipeline = transfer.load(workspace.device)
+    of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px) for sampler in samplers)
+    own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser)
+    found = {row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in transfer.rows}
+    return {name: round(frechet_distance(statistics, own), _DECIMALS) for name, statistics in found.items()}
 
 
 def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed: int) -> PromptSet:

@@ -33,6 +33,8 @@ class Measured:
     prompts: PromptSet
     extractor: ExtractorSpec
     real_images: int
+    transfers: tuple[Mapping[str, Any], ...] = ()
+    """Of every entry of `evaluate.transfer`: its name, what is changed, and its rows with their FID to the changed teacher."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
         "real_images": measured.real_images,
         "metrics": dict(METRICS),
         "rows": [_row(row, measured.scores[row.name]) for row in measured.rows],
+        **({"transfers": list(measured.transfers)} if measured.transfers else {}),
         "warnings": warnings(measured),
         "funnel": funnel(sources),
         "lineage": lineage(measured.identity, sources),

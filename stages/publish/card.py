@@ -1,7 +1,8 @@
 """The model card: metadata that the hub reads, figures, lineage, and the calls that load each variant."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import yaml
@@ -63,9 +64,13 @@ def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
     return "\n".join(lines)
 
 
-def snippet(description: Description, name: str, variant: Variant, prompt: str) -> str:
-    """Python that loads one variant with plain diffusers calls and draws a picture with it."""
-    builders = {"unet": _load_unet, "lora": _load_lora}
+def snippet(description: Description, name: str, variant: Variant, prompt: str, weights: Mapping[str, float] | None = None) -> str:
+    """Python that loads one variant with plain diffusers calls and draws a picture with it. `weights` are of adapters kept apart, by name."""
+    builders: Mapping[str, Callable[[Description, str], list[str]]] = {
+        "unet": _load_unet,
+        "lora": _load_lora,
+        "adapters": partial(_load_adapters, weights or {}),
+    }
     network = "UNet2DConditionModel" if variant.kind == "unet" else ""
     imports = ", ".join(sorted(filter(None, [variant.scheduler, description.pipeline, network])))
     return "\n".join(
@@ -124,6 +129,17 @@ def _load_lora(description: Description, name: str) -> list[str]:
     return [
         f"pipeline = {description.pipeline}.from_pretrained({_base(description)}, torch_dtype=torch.float32)",
         f'pipeline.load_lora_weights(model, subfolder="{name}", weight_name="pytorch_lora_weights.safetensors")',
+    ]
+
+
+def _load_adapters(weights: Mapping[str, float], description: Description, name: str) -> list[str]:
+    return [
+        f"pipeline = {description.pipeline}.from_pretrained({_base(description)}, torch_dtype=torch.float32)",
+        *(
+            f'pipeline.load_lora_weights(model, subfolder="{name}", weight_name="{adapter}.safetensors", adapter_name="{adapter}")'
+            for adapter in weights
+        ),
+        f"pipeline.set_adapters({json.dumps(list(weights))}, adapter_weights={list(weights.values())})",
     ]
 
 

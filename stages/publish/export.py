@@ -3,27 +3,48 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from schemas.errors import BadInput
 from stages.publish.variants import DESCRIPTION
 
 
-def check_destination(destination: str) -> Path:
-    """Return the folder to export to. Raises `BadInput` when something lies there that is not a published model, or it is not a local path."""
+def check_destination(destination: str, field: str = "publish.destination") -> Path:
+    """Return the folder to export to. Raises `BadInput` when something lies there that is not a published model, or it is not a local path.
+
+    `field` is what the person calls it who named the destination.
+    """
     if "://" in destination and not destination.startswith("file://"):
-        raise BadInput(f"publish.destination {destination}: expected a local folder; on object storage the artifact itself is what to read")
+        raise BadInput(f"{field} {destination}: expected a local folder; on object storage the artifact itself is what to read")
     path = Path(destination.removeprefix("file://")).expanduser().absolute()
     if path.is_dir() and not any(path.iterdir()):
         return path
     if path.exists() and not _is_ours(path):
-        raise BadInput(
-            f"publish.destination {destination}: something else is there; expected a new folder, or one with a {DESCRIPTION} to replace"
-        )
+        raise BadInput(f"{field} {destination}: something else is there; expected a new folder, or one with a {DESCRIPTION} to replace")
     above = next(parent for parent in path.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise BadInput(f"publish.destination {destination}: {above} cannot be written to; expected a folder that can be made")
+        raise BadInput(f"{field} {destination}: {above} cannot be written to; expected a folder that can be made")
     return path
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; it takes that name, and the place of what was there, when the block ends well, and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def export_folder(source: Path, destination: str) -> Path:
@@ -32,18 +53,11 @@ def export_folder(source: Path, destination: str) -> Path:
     The copy is made beside the destination and takes its name at the end. Raises `BadInput` as `check_destination` does.
     """
     path = check_destination(destination)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    for file in sorted(item for item in source.rglob("*") if item.is_file()):
-        target = fresh / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced(path) as fresh:
+        for file in sorted(item for item in source.rglob("*") if item.is_file()):
+            target = fresh / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
     return path
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from schemas.base import Field, Model
+from schemas.base import Field, Model, Sha256
 from schemas.errors import BadInput
 from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentUNet
 
@@ -13,10 +13,15 @@ DESCRIPTION = "distillery.json"
 StudentManifest = Manifest[StudentUNet | StudentLoRA]
 
 
+COMPOSITION = "composition.json"
+"""File at the root of a composed model that says what it is composed of."""
+
+
 class Variant(Model):
     """One student, in the subfolder of its name."""
 
-    kind: Literal["unet", "lora"]
+    kind: Literal["unet", "lora", "adapters"]
+    """`adapters`: several LoRAs kept apart, each in a file of its name; their weights are in `composition.json` at the root."""
     steps: tuple[int, ...]
     """Step counts it is meant for, largest first."""
     timesteps: dict[int, tuple[int, ...]]
@@ -63,6 +68,32 @@ class TeacherSampling(Model):
     """Scheduler class of diffusers whose configuration lies in `teacher/scheduler/`."""
     steps: int
     guidance_scale: float
+
+
+class Ingredient(Model):
+    """One LoRA of a composed model."""
+
+    adapter: str
+    """Its name in the pipeline: `acceleration`, `style`, `style-2`."""
+    weight: float
+    name: str
+    """Of the file, or of the step of the plan that made it."""
+    sha256: Sha256
+    """Of the LoRA's file."""
+    identity: Sha256 | None = None
+    """Of the artifact it was read from."""
+
+
+class Composition(Model):
+    """Content of `composition.json`: theta = theta_base + sum of weight x change (LCM-LoRA, arXiv 2311.05556, 3.3)."""
+
+    schema_version: Literal[1] = 1
+    base_digest: Sha256
+    """Over every file of the base's pipeline, as a teacher's weights digest."""
+    ingredients: tuple[Ingredient, ...]
+    """The acceleration first."""
+    agreement: dict[str, float]
+    """By variant how far its output is from the adapters' kept apart: the largest difference, in standard deviations of the output."""
 
 
 class Description(Model):

@@ -1,0 +1,128 @@
+"""Acceleration LoRAs where they were not trained: on other bases, and under a style. Each such teacher is measured against itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from infra.outside import local_copy
+from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig, TransferConfig
+from schemas.lightning import trailing_timesteps
+from schemas.manifest import Manifest, StudentLoRA, Teacher
+from stages.diffusion.facts import TeacherFacts, inspect
+from stages.diffusion.lora import LORA_FILE, merge_lora
+from stages.diffusion.lora_files import check_fits, find_lora
+from stages.diffusion.pipeline import TeacherPipeline
+from stages.evaluate.rows import Row, StudentManifest
+from stages.evaluate.samples import scheduler_of
+from stages.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One changed teacher, its files at hand and found to fit."""
+
+    config: TransferConfig
+    base: Path
+    """Pipeline folder: another base, or the teacher's own."""
+    style: Path | None
+    """LoRA file."""
+    rows: tuple[Row, ...]
+    """The changed teacher at its most steps first, then without and with each LoRA at the LoRA's step counts."""
+
+    def load(self, device: str) -> TeacherPipeline:
+        """The changed teacher: the base, the style added to its UNet's weights."""
+        pipeline = TeacherPipeline.load(self.base, device)
+        if self.style is not None:
+            plain = pipeline.diffusers()
+            plain.load_lora_weights(str(self.style.parent), weight_name=self.style.name, adapter_name="style")
+            plain.set_adapters(["style"], adapter_weights=[self.config.style_weight])
+            merge_lora(pipeline.unet)
+        return pipeline
+
+
+def open_transfers(
+    config: EvaluateConfig, teacher: Manifest[Teacher], students: Mapping[str, StudentManifest], rows: Sequence[Row], workspace: Workspace
+) -> tuple[Transfer, ...]:
+    """Find what every entry of `evaluate.transfer` names, and hold it against the teacher and its LoRAs by headers alone.
+
+    `rows` are those of the table: what is transferred are its LoRAs. Raises `BadInput` for a base of another architecture, size or prediction
+    type, a style or student that does not fit it, and where no student is a LoRA.
+    """
+    if not config.transfer:
+        return ()
+    own = workspace.fetch(teacher)
+    loras = {node: manifest for node, manifest in students.items() if isinstance(manifest.content, StudentLoRA)}
+    if not loras:
+        raise BadInput("evaluate.transfer: no student is a LoRA; expected lcm, or a link of lightning that ends in one")
+    files = {node: workspace.fetch(manifest, [LORA_FILE]) / LORA_FILE for node, manifest in loras.items()}
+    found = []
+    for entry in config.transfer:
+        field = f"evaluate.transfer.{entry.name}"
+        base = own if entry.base is None else _local(workspace, entry.outside_name("base"))
+        if entry.base is not None:
+            check_base(base, own, f"{field}.base")
+        check_size(entry.size_px, inspect(base), f"{field}.size_px")
+        style = None if entry.style is None else find_lora(str(_local(workspace, entry.outside_name("style"))), f"{field}.style")
+        if style is not None:
+            check_fits(style, base, f"{field}.style")
+        for node, file in files.items():
+            check_fits(file, base, f"{field}: the student {node}:")
+        transferred = _rows(entry, rows, loras)
+        for row in transferred:
+            scheduler_of(row, inspect(base).scheduler_config)
+        found.append(Transfer(entry, base, style, transferred))
+    return tuple(found)
+
+
+def check_base(base: Path, teacher: Path, field: str) -> None:
+    """Raise `BadInput` unless the pipeline in `base` is of the teacher's architecture, resolution and prediction type."""
+    other, own = inspect(base), inspect(teacher)
+    for name in ("architecture", "resolution", "prediction_type"):
+        if getattr(other, name) != getattr(own, name):
+            raise BadInput(f"{field}: its {name} is {getattr(other, name)}; expected the teacher's, {getattr(own, name)}")
+
+
+def preflight_transfers(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
+    """Look at the bases and styles that lie on this machine. Raises `BadInput` for a base that is not supported and a style that is no LoRA."""
+    for entry in config.transfer:
+        base, style = (Path(outside.get(entry.outside_name(field), "").removeprefix("file://")) for field in ("base", "style"))
+        if entry.base is not None and base.exists():
+            inspect(base)
+        if entry.style is not None and style.exists():
+            find_lora(str(style), f"evaluate.transfer.{entry.name}.style")
+
+
+def _local(workspace: Workspace, name: str) -> Path:
+    return local_copy(workspace.outside[name], workspace.scratch)
+
+
+def check_size(size: tuple[int, int] | None, facts: TeacherFacts, field: str) -> None:
+    """Raise `BadInput` for a height or width (pixels) that is no multiple of the VAE's factor."""
+    downscale = facts.resolution // facts.latent_shape[1]
+    if size is not None and any(side % downscale for side in size):
+        raise BadInput(f"{field}: {size[0]} x {size[1]}; expected multiples of {downscale}, the VAE's factor")
+
+
+def _rows(entry: TransferConfig, rows: Sequence[Row], loras: Mapping[str, StudentManifest]) -> tuple[Row, ...]:
+    """The reference's row, then for each step count of a LoRA the changed teacher alone and with it."""
+    reference = rows[0]
+    accelerated = [row for row in rows if row.model in loras]
+    counts = sorted({row.steps for row in accelerated} - {reference.steps}, reverse=True)
+    alone = [replace(reference, steps=steps, timesteps=trailing_timesteps(steps)) for steps in counts]
+    return tuple(replace(row, on=entry.name) for row in (reference, *alone, *accelerated))
+
+
+def summarise_transfers(transfers: Sequence[Transfer], scores: Mapping[str, float]) -> list[dict[str, object]]:
+    """What the report says of them: names, never places."""
+    return [
+        {
+            "name": transfer.config.name,
+            "changed": transfer.config.describe(),
+            "rows": [
+                {"name": row.name, "model": row.model, "family": row.family, "steps": row.steps, "fid_teacher": scores[row.name]}
+                for row in transfer.rows
+            ],
+        }
+        for transfer in transfers
+    ]

@@ -1,0 +1,170 @@
+"""`evaluate.transfer`: LoRAs on other bases and under a style, each beside that teacher itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig, TransferConfig
+from schemas.loading import parse_recipe
+from stages.diffusion.lora import LORA_FILE
+from stages.diffusion.pipeline import TeacherPipeline
+from stages.diffusion.sampling import image_generator, make_scheduler
+from stages.evaluate import Inputs, run
+from stages.evaluate.prompts import PromptSet
+from stages.evaluate.rows import rows_of
+from stages.evaluate.samples import Sampler, read_pictures
+from stages.evaluate.transfer import preflight_transfers
+from stages.plan import make_plan
+from tests import tiny_pipelines
+from tests.distilled import Chain
+from tests.stages.test_compose import style_file
+from tests.workspaces import make_workspace, open_store
+
+WEIGHT = 0.7
+
+
+class Elsewhere:
+    """A chain with an LCM-LoRA, measured on another base and under a style."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.chain = Chain(open_store(folder))
+        self.lora = self.chain.lora()
+        self.base = tiny_pipelines.save("sdxl", folder / "base", seed=4)
+        self.style = style_file(self.chain.pipeline.unet, folder / "ink.safetensors")
+        self.config = EvaluateConfig(
+            prompt_count=2, teacher_steps=(8, 4), teacher_guidance_scale=3.0, extractor="efficientnet-lite0", grid_prompts=2, batch_size=2,
+            transfer=(
+                TransferConfig(name="other", base=str(self.base)),
+                TransferConfig(name="ink", base=str(self.base), style=str(self.style), style_weight=WEIGHT),
+                TransferConfig(name="wide", size_px=(16, 24)),
+            ),
+        )  # fmt: skip
+
+    def run(self, config: EvaluateConfig, identity: str, **students: Any) -> Any:
+        outside = {name: place for entry in config.transfer for name, place in entry.outside().items()}
+        workspace = make_workspace(self.folder, self.chain.store, identity=identity, outside=outside)
+        return run(config, Inputs.model_validate(self.chain.inputs(**(students or {"lcm": self.lora}))), workspace)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    torch.set_num_threads(1)
+    return Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(elsewhere: Elsewhere) -> Any:
+    return elsewhere.run(elsewhere.config, "transferred")
+
+
+def test_every_entry_has_its_teacher_and_its_loras(elsewhere: Elsewhere, evaluated: Any) -> None:
+    scores = evaluated.content.scores
+    for name in ("other", "ink", "wide"):
+        rows = {f"teacher@8+{name}", f"teacher@4+{name}", f"teacher@2+{name}", f"lcm@4+{name}", f"lcm@2+{name}"}
+        assert {row for row in scores if row.endswith(f"+{name}")} == rows
+        assert all(set(scores[row]) == {"fid_teacher"} and scores[row]["fid_teacher"] > 0 for row in rows)
+    assert scores["lcm@4+other"] != scores["lcm@4+ink"]
+    folder = elsewhere.chain.store.fetch(evaluated)
+    report = json.loads((folder / "report.json").read_text())
+    assert [entry["changed"] for entry in report["transfers"]] == [
+        "another base",
+        "another base with a style at 0.7",
+        "the teacher at 16 x 24 px",
+    ]
+    assert len(report["rows"]) == 4, "the table is of the student's own teacher"
+    page = (folder / "report.html").read_text()
+    assert "Elsewhere, without training" in page
+    assert str(elsewhere.folder) not in page + json.dumps(report)
+
+
+def test_its_pictures_are_those_of_diffusers_own_composition(elsewhere: Elsewhere, evaluated: Any) -> None:
+    folder = elsewhere.chain.store.fetch(evaluated) / "samples"
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(elsewhere.base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(elsewhere.chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE, adapter_name="fast")
+    pipeline.load_lora_weights(elsewhere.folder, weight_name=elsewhere.style.name, adapter_name="ink")
+    betas = {name: pipeline.scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    pipeline.scheduler = diffusers.LCMScheduler(**betas)
+    report = json.loads((folder.parent / "report.json").read_text())
+    prompts = report["samples"]["examples"]
+    for name, weights in (("other", [1.0, 0.0]), ("ink", [1.0, WEIGHT])):
+        pipeline.set_adapters(["fast", "ink"], adapter_weights=weights)
+        generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+        theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators).images
+        ours = list(read_pictures(folder / f"lcm-at-4-on-{name}"))[: len(prompts)]
+        for one, two in zip(ours, theirs, strict=True):
+            assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, name
+
+
+def test_another_aspect_ratio_is_diffusers_own(elsewhere: Elsewhere) -> None:
+    folder = elsewhere.chain.store.fetch(elsewhere.chain.teacher)
+    (row, *_) = rows_of(elsewhere.config.model_copy(update={"teacher_steps": (4,)}), elsewhere.chain.teacher.content, {})
+    ours = TeacherPipeline.load(folder)
+    prompts = PromptSet(("red apple", "the cat"), 2, "file")
+    sampler = Sampler(ours, prompts, seed=5, batch_size=2, tick=lambda _images: None).on(ours, (16, 24))
+    drawn = sampler.batch(row, ours.denoiser(), 0)
+    assert drawn.shape == (2, 16, 24, 3)
+
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler("trailing", pipeline.scheduler.config, "epsilon")
+    arguments = {"height": 16, "width": 24, "num_inference_steps": 4, "guidance_scale": row.guidance_scale}
+    theirs = pipeline(list(prompts.images), generator=[image_generator(5, index) for index in range(2)], **arguments).images
+    assert np.array_equal(drawn, np.stack([np.asarray(picture) for picture in theirs]))
+
+
+def test_what_does_not_fit_is_refused_before_sampling(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    def refused(match: str, students: Any = None, **entry: Any) -> None:
+        config = elsewhere.config.model_copy(update={"transfer": (TransferConfig(name="x", **entry),)})
+        with pytest.raises(BadInput, match=match):
+            elsewhere.run(config, "refused", **(students or {}))
+
+    other = tiny_pipelines.save("sd15", tmp_path / "sd15")
+    refused("evaluate.transfer.x.base: its architecture is StableDiffusionPipeline; expected the teacher's", base=str(other))
+    wide = {name: torch.zeros(3, 99) if "lora_A" in name else tensor for name, tensor in load_file(elsewhere.style).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    refused("evaluate.transfer.x.style wide.safetensors: made for another UNet", style=str(tmp_path / "wide.safetensors"))
+    refused("evaluate.transfer: no student is a LoRA", students={"four": elsewhere.chain.unet(4)}, base=str(elsewhere.base))
+    refused("evaluate.transfer.x.size_px: 16 x 25; expected multiples of 2", size_px=(16, 25))
+    config = EvaluateConfig(transfer=(TransferConfig(name="x", style=str(other)),))
+    with pytest.raises(BadInput, match=r"evaluate.transfer.x.style .*: a whole network"):
+        preflight_transfers(config, config.transfer[0].outside())
+
+
+def test_the_plan_digests_what_lies_outside(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("url,caption\n")
+
+    def evaluate(**section: Any) -> tuple[str, set[str]]:
+        data = {"name": "x", "ingest": {"table": str(table)}, "teacher": {"source": str(elsewhere.base)}, "lcm": {}, "evaluate": section}
+        plan = make_plan(parse_recipe(data), lambda address: content[address])
+        node = plan.node("evaluate")
+        return plan.identities["evaluate"], set(plan.input_digests[node.name])
+
+    style, moved = str(elsewhere.style), str(tmp_path / "moved")
+    content = {str(table): "1" * 64, str(elsewhere.base): "2" * 64, style: "3" * 64, moved: "3" * 64}
+    plain, _ = evaluate()
+    assert evaluate(transfer=[])[0] == plain
+    first, inputs = evaluate(transfer=[{"name": "ink", "style": style}])
+    assert "transfer.ink.style" in inputs and first != plain
+    assert evaluate(transfer=[{"name": "ink", "style": moved}])[0] == first, "where it lies is no part of it"
+    assert evaluate(transfer=[{"name": "ink", "style": style, "style_weight": 0.5}])[0] != first
+    content[style] = "4" * 64
+    assert evaluate(transfer=[{"name": "ink", "style": style}])[0] != first
+    assert "transfer" not in EvaluateConfig().identity_fields()
+
+
+def test_entries_change_something_and_have_names_of_their_own() -> None:
+    with pytest.raises(ValidationError, match="is the teacher itself"):
+        TransferConfig(name="same")
+    with pytest.raises(ValidationError, match="expected another"):
+        EvaluateConfig(transfer=(TransferConfig(name="a", base="x"), TransferConfig(name="a", style="y")))
