@@ -45,7 +45,9 @@ def parse_recipe(data: Any, where: str = "recipe", origins: Mapping[tuple[str, .
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        mistakes = [_sentence(item, origins or {}) for item in error.errors(include_url=False)]
+        # A default that follows from other fields is not made where one of them is wrong: no mistake of its own.
+        found = [item for item in error.errors(include_url=False) if item["type"] != "default_factory_not_called"]
+        mistakes = [_sentence(item, origins or {}) for item in found]
         if isinstance(data, dict):
             _, unseen = _salvage(Recipe, data, ())
             mistakes += [_disagreement(mistake, origins or {}) for mistake in unseen]
@@ -64,7 +66,7 @@ def _salvage(model: type[Model], data: Mapping[Any, Any], at: Place) -> tuple[Mo
     for name, field in model.model_fields.items():
         if name not in data:
             if not field.is_required():
-                values[name] = field.get_default(call_default_factory=True)
+                values[name] = field.get_default(call_default_factory=True, validated_data=values)
             continue
         try:
             values[name] = _field_adapter(model, name).validate_python(data[name])

@@ -267,6 +267,11 @@ def test_any_text_is_bad_input_and_no_other_error(text: str) -> None:
     _only_bad_input(GOOD, text)
 
 
+def test_a_default_that_follows_from_another_field_is_no_obstacle_to_naming_mistakes() -> None:
+    (line,) = mistakes_of(GOOD, "lcm.batch_size=-1")
+    assert "lcm.batch_size" in line
+
+
 def test_every_field_of_a_good_recipe_may_be_replaced_by_junk() -> None:
     data = yaml.safe_load(GOOD)
     for section, value in data.items():

@@ -46,6 +46,7 @@ def link(**more: object) -> LinkConfig:
     return LinkConfig.model_validate(LINK | more)
 
 
+LCM = {"training_steps": 2, "batch_size": 4, "warmup_steps": 0, "optimizer": ADAM}
 LOOKS = {"every": 1, "images": 4, "teacher_steps": 2, "extractor": "efficientnet-lite0", "grid_images": 2, "batch_size": 4}
 ANCHORS = {"action": "roll_back", "anchor_every": 1}
 
@@ -55,7 +56,8 @@ CASES: Mapping[str, tuple[str, Any, tuple[str, ...]]] = {
     "bfloat16": ("lightning", link(precision="bfloat16", teacher_precision="bfloat16", training_steps=2), ("full",)),
     "switch": ("lightning", link(prediction="sample", conversion_steps=1, adversarial=None, training_steps=2), ("full",)),
     "watched": ("lightning", link(watch=LOOKS, alarms=ANCHORS, adversarial=None, training_steps=2), ("full",)),
-    "lcm": ("lcm", LcmConfig.model_validate({"training_steps": 2, "batch_size": 4, "warmup_steps": 0, "lora_rank": 4, "optimizer": ADAM}), ("full",)),
+    "lcm": ("lcm", LcmConfig.model_validate(LCM | {"lora_rank": 4}), ("full",)),
+    "lcm-unet": ("lcm", LcmConfig.model_validate(LCM | {"network": "unet", "guidance_w_range": (2, 14), "target_decay": 0.6}), ("optimizer", "full")),
 }  # fmt: skip
 """Stage, configuration, and how it is divided."""
 SHARDINGS = ("optimizer", "full")
