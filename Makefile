@@ -19,7 +19,7 @@ teacher: $(INSTALLED) ## the tiny teacher of the demo from scratch, in hours
 	.venv/bin/distill demo --recipe tiny-teacher.yaml
 
 test: check ## everything CI runs
-	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=20
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 check: $(INSTALLED) ## style and types
 	.venv/bin/ruff check .

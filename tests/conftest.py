@@ -16,17 +16,6 @@ torch.set_num_threads(1)
 os.environ["COLUMNS"] = "200"  # tables of the command line are folded to the width of the terminal, which is not always one
 define_missing_ops()  # before any test module imports transformers or diffusers by itself
 
-TOGETHER = {"test_adversarial": "adversarial", "test_phase_kills": "adversarial"}
-"""Modules of tests/e2e that share a fixture of minutes."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a module in one process, with its fixtures, where several share the work (`--dist loadgroup`)."""
-    for item in items:
-        group = TOGETHER.get(item.path.stem) if item.path.parent.name == "e2e" else None
-        item.add_marker(pytest.mark.xdist_group(group or item.path.relative_to(item.config.rootpath).as_posix()))
-
 
 @pytest.fixture(scope="session")
 def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
