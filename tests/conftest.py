@@ -1,6 +1,8 @@
 """Fixtures that any test may use."""
 
+import logging
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 os.environ["COLUMNS"] = "200"  # tables of the command line are folded to the width of the terminal, which is not always one
 define_missing_ops()  # before any test module imports transformers or diffusers by itself
+
+
+@pytest.fixture
+def restored_process() -> Iterator[None]:
+    """For commands that run in this process: put back what they change of it."""
+    root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
+    handlers, level = list(root.handlers), root.level
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,13 @@ Every case goes through the real command line and the real stages. What is said 
 
 import io
 import json
-import logging
 import os
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +144,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, restored_process: None) -> Bench:
     shutil.copytree(teacher, tmp_path / "teacher")
     (tmp_path / "table.csv").write_text(TABLE)
     for name in [name for name in os.environ if name.startswith(("DISTILL", "PREFECT_API", "AWS_"))]:
@@ -154,15 +152,10 @@ def bench(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     made = Bench(tmp_path, monkeypatch)
     settings = {"DISTILL_STORE_ADDRESS": made.address, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PREFECT_HOME": str(tmp_path / "prefect")}
     nowhere = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    for name, value in (settings | nowhere | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}).items():
+    for name, value in (settings | nowhere | {"OMP_NUM_THREADS": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
-    handlers, level = list(root.handlers), root.level
-    yield made
-    signal.signal(signal.SIGTERM, handler)
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return made
 
 
 @dataclass(frozen=True)

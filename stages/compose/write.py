@@ -8,7 +8,6 @@ from typing import Any
 
 import diffusers
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from stages.diffusion.sampling import make_scheduler, starting_noise
 from stages.publish.card import snippet
 from stages.publish.export import check_destination, replaced
 from stages.publish.variants import COMPOSITION, DESCRIPTION, TEACHER, Composition, Description, TeacherSampling, Variant
+from stages.reports.page import card_environment
 from stages.students import UNET_FOLDER, save_unet
 from stages.teacher import copy_pipeline, pipeline_files, weights_digest
 
@@ -184,12 +184,8 @@ def _describe(folder: Path, name: str, ask: Ask, sources: Sources, composition: 
 
 
 def _card(description: Description, composition: Composition, snippets: Mapping[str, str], *, grid: bool) -> str:
-    environment = Environment(
-        loader=PackageLoader("stages.compose", "."),
-        autoescape=False,  # Markdown
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return (
+        card_environment("stages.compose")
+        .get_template("card.md.j2")
+        .render(description=description, composition=composition, snippets=snippets, grid=grid)
     )
-    return environment.get_template("card.md.j2").render(description=description, composition=composition, snippets=snippets, grid=grid)

@@ -6,36 +6,31 @@ from functools import partial
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Manifest
 from stages.evaluate.summary import METRICS, figure
 from stages.publish.variants import TEACHER, Description, Variant
-from stages.reports.page import plural
+from stages.reports.page import card_environment, plural
 
 
 def render_card(config: PublishConfig, description: Description, summary: Mapping[str, Any], students: Mapping[str, Manifest[Any]]) -> str:
     """Return `README.md`. `summary` is the evaluation's `report.json`; `students` are by node name."""
     prompt = summary["samples"]["examples"][0]
-    environment = Environment(
-        loader=PackageLoader("stages.publish", "."),
-        autoescape=False,  # Markdown
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("card.md.j2").render(
-        metadata=yaml.safe_dump(_metadata(config, description), sort_keys=False, allow_unicode=True).strip(),
-        description=description,
-        summary=summary,
-        tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
-        snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
-        style_snippets={name: style_snippet(description, name, prompt) for name in description.styles},
-        teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
-        training={node: manifest.content.training_steps for node, manifest in students.items()},
-        plural=plural,
+    return (
+        card_environment("stages.publish")
+        .get_template("card.md.j2")
+        .render(
+            metadata=yaml.safe_dump(_metadata(config, description), sort_keys=False, allow_unicode=True).strip(),
+            description=description,
+            summary=summary,
+            tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
+            snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
+            style_snippets={name: style_snippet(description, name, prompt) for name in description.styles},
+            teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
+            training={node: manifest.content.training_steps for node, manifest in students.items()},
+            plural=plural,
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Pages from templates: `style.css.j2` and `parts.html.j2` of this package serve all of them."""
+"""Pages and cards from templates: `style.css.j2` and `parts.html.j2` of this package serve all pages."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,18 @@ def page_environment(package: str) -> Environment:
     )
     environment.filters |= {"plural": plural, "grouped": grouped}
     return environment
+
+
+def card_environment(package: str) -> Environment:
+    """The environment of the Markdown templates that lie in a package: nothing is escaped, and what a card leaves undefined is an error."""
+    return Environment(
+        loader=PackageLoader(package, "."),
+        autoescape=False,  # Markdown
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def plural(count: int, noun: str) -> str:

@@ -11,6 +11,7 @@ from stages.diffusion.discriminator import Discriminator, DiscriminatorHead, UNe
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.lightning.adversarial import discriminator_loss, generator_loss
 from tests import tiny_pipelines
+from tests.architectures import SDXL
 from tests.tiny_pipelines import UNet2DConditionModel
 
 NOTHING = Conditioning(torch.zeros(1, 1, 1))
@@ -73,13 +74,7 @@ def test_the_head_for_sdxl_is_dmd2s() -> None:
 
 def test_it_fits_the_networks_of_sd15_sd2_and_sdxl() -> None:
     """Full size, on the meta device: shapes only."""
-    text_time = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
-    sdxl = {
-        "block_out_channels": (320, 640, 1280), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True, **text_time,
-    }  # fmt: skip
-    for settings, side, text in (({"cross_attention_dim": 768}, 64, 768), ({"cross_attention_dim": 1024}, 96, 1024), (sdxl, 128, 2048)):
+    for settings, side, text in (({"cross_attention_dim": 768}, 64, 768), ({"cross_attention_dim": 1024}, 96, 1024), (SDXL, 128, 2048)):
         with torch.device("meta"):
             unet = UNet2DConditionModel(sample_size=side, **settings)
             encoder = UNetEncoder(unet)

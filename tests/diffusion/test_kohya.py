@@ -16,21 +16,8 @@ from stages.diffusion.lora import LORA_TARGETS, add_lora, lora_state, save_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import image_generator
 from tests import tiny_pipelines
+from tests.architectures import SDXL
 from tests.diffusion.test_lora import RANK, output, stir
-
-SDXL: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-"""stable-diffusion-xl-base-1.0's UNet."""
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd2-v", "sdxl"])

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
@@ -21,24 +20,15 @@ ALL = ("ingest", "measure", "select", "teacher", "encode")
 
 
 @pytest.fixture(autouse=True)
-def own_process(chain: ToyChain, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands run in this process where no signal and no Prefect is meant: put back what they change of it."""
-    import logging
-
+def own_process(chain: ToyChain, monkeypatch: pytest.MonkeyPatch, restored_process: None) -> None:
+    """Commands run in this process where no signal and no Prefect is meant."""
     monkeypatch.setenv("DISTILL_STORE_ADDRESS", chain.address)
-    monkeypatch.setenv("COLUMNS", "200")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.chdir(chain.folder)
-    root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
-    handlers, level = list(root.handlers), root.level
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def distill(*arguments: str) -> int:

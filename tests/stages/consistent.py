@@ -12,12 +12,8 @@ from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
 from stages.diffusion.schedule import NoiseSchedule
 from stages.lcm.distillation import ConsistencyDistillation, TargetNetwork
 from stages.students import Student
+from tests.stages.mixtures import MEANS, SCHEDULE
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SCHEDULE = NoiseSchedule.from_scheduler_config(BETAS)
-CPU = torch.device("cpu")
-SHAPE = (2, 2, 2)
-MEANS = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
 NULL = Conditioning(torch.full((1, 1, 1), -1.0))
 
 
@@ -40,19 +36,6 @@ class SmallStudent(nn.Module):
         one_hot = nn.functional.one_hot(conditioning.prompt_embeds[:, 0, 0].long(), 3).float()
         output: Tensor = self.network(torch.cat([x_t.flatten(1), one_hot, timesteps[:, None] / 1000], 1)).reshape(x_t.shape)
         return output
-
-
-class MixtureSet:
-    def __init__(self, samples: int = 512) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.components = torch.randint(3, (samples,), generator=generator)
-        self.latents = MEANS[self.components] + 0.3 * torch.randn(samples, *SHAPE, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.components)
-
-    def samples(self, indices: object) -> tuple[Tensor, Conditioning]:
-        return self.latents[indices], Conditioning(self.components[indices].float().reshape(-1, 1, 1))  # type: ignore[index]
 
 
 def a_method(settings: LcmConfig, kind: str) -> tuple[ConsistencyDistillation, SmallStudent, GaussianMixtureDenoiser]:

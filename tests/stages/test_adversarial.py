@@ -17,7 +17,8 @@ from stages.lightning.adversarial import DISCRIMINATOR, STUDENT, AdversarialLink
 from stages.training import Draw, train
 from stages.training.figures import scalars, to_host
 from stages.training.latent_batches import LatentBatch, reader
-from tests.stages.test_lightning import CPU, MEANS, SCHEDULE, MixtureSet, SmallStudent, config, in_training, mixture
+from tests.stages.mixtures import CPU, MEANS, SCHEDULE, MixtureSet
+from tests.stages.test_lightning import SmallStudent, config, in_training, mixture
 from tests.training.toys import make_workspace
 
 STARTS = (999, 749, 499, 249)

@@ -2,10 +2,7 @@
 
 import copy
 import json
-import logging
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,18 +243,7 @@ def test_numbers_are_read_with_commas() -> None:
             parse_weights(text)
 
 
-@pytest.fixture
-def own_process() -> Iterator[None]:
-    """The command runs in this process: put back what it changes of it."""
-    root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
-    handlers, level = list(root.handlers), root.level
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-@pytest.mark.usefixtures("own_process")
+@pytest.mark.usefixtures("restored_process")
 def test_the_command_composes_and_says_where(
     composed: Composed, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,8 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.solvers import boundary_scalings, ddim_move
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
-from tests.stages.consistent import BETAS, CPU, NULL, SCHEDULE, SHAPE, MixtureSet, a_method, config
+from tests.stages.consistent import NULL, a_method, config
+from tests.stages.mixtures import BETAS, CPU, SCHEDULE, SHAPE, MixtureSet
 from tests.tiny_pipelines import DDIMScheduler
 from tests.training import artifacts
 from tests.training.killing import killed_and_resumed

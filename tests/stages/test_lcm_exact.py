@@ -17,7 +17,8 @@ from stages.lcm.distillation import ConsistencyDistillation
 from stages.students import Student
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
-from tests.stages.consistent import CPU, MEANS, NULL, SCHEDULE, SHAPE, MixtureSet, a_method, config
+from tests.stages.consistent import NULL, a_method, config
+from tests.stages.mixtures import CPU, MEANS, SCHEDULE, SHAPE, MixtureSet
 from tests.training.toys import make_workspace
 
 GRID = torch.tensor(ddim_solver_timesteps(50))

@@ -21,7 +21,8 @@ from stages.plan import make_plan
 from stages.students import Student
 from stages.training import Draw
 from stages.training.latent_batches import LatentBatch
-from tests.stages.consistent import CPU, NULL, SCHEDULE, SHAPE, MixtureSet, a_method, config
+from tests.stages.consistent import NULL, a_method, config
+from tests.stages.mixtures import CPU, SCHEDULE, SHAPE, MixtureSet
 from tests.training import artifacts
 
 ROOT = Path(__file__).resolve().parents[2]

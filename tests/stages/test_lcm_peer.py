@@ -16,7 +16,7 @@ from stages.students import Student
 from stages.training import Draw
 from stages.training.latent_batches import LatentBatch
 from tests import tiny_pipelines
-from tests.stages.consistent import CPU
+from tests.stages.mixtures import CPU
 
 from diffusers import DDPMScheduler, LatentConsistencyModelPipeline  # isort: skip - after what defines torchvision's operations
 

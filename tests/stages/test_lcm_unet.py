@@ -24,7 +24,8 @@ from stages.students import load_student
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
 from tests import tiny_pipelines
-from tests.stages.consistent import CPU, SHAPE, MixtureSet, SmallStudent, a_method, config
+from tests.stages.consistent import SmallStudent, a_method, config
+from tests.stages.mixtures import CPU, SHAPE, MixtureSet
 from tests.training import artifacts
 from tests.training.mortal import Killed, Mortal
 from tests.training.toys import make_workspace

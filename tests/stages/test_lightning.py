@@ -26,26 +26,18 @@ from stages.students import Student, load_student
 from stages.training import Draw, train
 from stages.training.latent_batches import LatentBatch, reader
 from stages.training.metrics import read_metrics
+from tests.stages.mixtures import BETAS, CPU, MEANS, SCHEDULE, SHAPE, MixtureSet, classes
 from tests.tiny_pipelines import DDIMScheduler, UNet2DConditionModel
 from tests.training import artifacts
 from tests.training.killing import killed_and_resumed
 from tests.training.toys import make_workspace
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SCHEDULE = NoiseSchedule.from_scheduler_config(BETAS)
 ADAM = OptimizerConfig(learning_rate=1e-3)
-CPU = torch.device("cpu")
-SHAPE = (2, 2, 2)
-MEANS = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2))
 
 
 def config(teacher_steps: int, steps: int, **more: object) -> LinkConfig:
     settings: dict[str, object] = {"teacher_steps": teacher_steps, "steps": steps, "optimizer": ADAM, "training_steps": 5, "batch_size": 4}
     return LinkConfig.model_validate(settings | more)
-
-
-def classes(numbers: Tensor) -> Conditioning:
-    return Conditioning(numbers.float().reshape(-1, 1, 1))
 
 
 def mixture(kind: str = "epsilon") -> GaussianMixtureDenoiser:
@@ -77,21 +69,6 @@ class SmallStudent(nn.Module):
         outputs = torch.stack([network(inputs) for network in self.networks])
         place = torch.tensor([self.grid.index(t) for t in timesteps.tolist()])
         return outputs[place, torch.arange(len(x_t))].reshape(x_t.shape)
-
-
-class MixtureSet:
-    """Samples of the mixture with their component as the conditioning."""
-
-    def __init__(self, samples: int = 512) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.components = torch.randint(3, (samples,), generator=generator)
-        self.latents = MEANS[self.components] + 0.3 * torch.randn(samples, *SHAPE, generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.components)
-
-    def samples(self, indices: object) -> tuple[Tensor, Conditioning]:
-        return self.latents[indices], classes(self.components[indices])  # type: ignore[index]
 
 
 def in_training(network: Any) -> Student:
