@@ -3,16 +3,18 @@
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from schemas.errors import RunFailed
 from schemas.training import OptimizerConfig, TrainingConfig
 from schemas.watching import Alarms
+from stages.ranks import Parallel
 from stages.training import Draw, Figure, Method, Player, Row, Spread, train, write_metrics
 from stages.training.alarms import raised
 from stages.training.metrics import read_metrics
@@ -86,6 +88,28 @@ def test_wherever_it_is_killed_it_ends_with_the_same_bits(tmp_path: Path, lives:
         assert again == whole
         return
     pytest.fail("it never ended")
+
+
+def _process(rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size)
+    own = folder / f"rank-{rank}"
+    own.mkdir()
+    outcome(own, CONFIG, replace(make_workspace(folder), scratch=own, parallel=Parallel(rank, world_size)))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together_where_one_would(tmp_path: Path) -> None:
+    outcome(tmp_path, CONFIG)
+    (tmp_path / "two").mkdir()
+    multiprocessing.spawn(_process, (2, tmp_path / "two"), nprocs=2)
+    alone = read_metrics(tmp_path / "metrics.parquet")
+    assert any("alarm.latent_std" in row for row in alone)
+    for rank in range(2):
+        together = read_metrics(tmp_path / "two" / f"rank-{rank}" / "metrics.parquet")
+        for one, two in zip(alone, together, strict=True):
+            assert two == pytest.approx(one, rel=1e-4), (rank, one["step"])
 
 
 def test_old_anchors_are_deleted(tmp_path: Path) -> None:
