@@ -25,6 +25,9 @@ _SHOWN: Final = 12
 _EXACT_BYTES: Final = 150_000
 """Larger strips are shown as WebP, so that a report stays below a few megabytes."""
 
+_SHARES: Final = 24
+"""Points of a line of shares: each is the mean of many batches, for of one a share of few samples says little."""
+
 _LATENTS: Final = {"x0": "student", "reference": "reference"}
 
 
@@ -102,9 +105,9 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
          "says": "Share of samples that it takes for what they are, by the noise level at which they are judged; 0.5 is a coin, 1 leaves the student "
                  "nothing to learn from.",
          "charts": [chart for chart in (
-             _chart(kept, accuracy, "Accuracy, all levels", "share", marks=marks, statistic=np.mean),
-             _chart(kept, _levels(names, "real"), "Real ones, by level", "share", marks=marks, statistic=np.mean),
-             _chart(kept, _levels(names, "fake"), "The student's, by level", "share", marks=marks, statistic=np.mean)) if chart]},
+             _shares(kept, accuracy, "Accuracy, all levels", marks),
+             _shares(kept, _levels(names, "real"), "Real ones, by level", marks),
+             _shares(kept, _levels(names, "fake"), "The student's, by level", marks)) if chart]},
         {"title": "Latents",
          "says": "The student's x0 and its reference of the same batch: what a perfect student would say, or for lcm the encoded pictures.",
          "charts": [chart for what, title in (("std", "Standard deviation"), ("mean", "Mean")) if (chart := _chart(
@@ -124,17 +127,21 @@ def _levels(names: Sequence[str], which: str) -> dict[str, str]:
 
 def _chart(
     kept: Sequence[Row], named: Mapping[str, str], title: str, y_label: str, *, marks: Sequence[float],
-    statistic: Callable[..., Any] = np.median, log: bool = False,
+    log: bool = False, points: int = 120, statistic: Callable[..., Any] = np.median,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Figures over the steps, by their label. None where there are none."""
-    lines = [(label, thinned(kept, name, statistic=statistic)) for name, label in named.items()]
-    series = [Series(label, points, 1 + number % (_COLOURS - 1), markers=False) for number, (label, points) in enumerate(lines) if points]
+    lines = [(label, thinned(kept, name, points, statistic)) for name, label in named.items()]
+    series = [Series(label, line, 1 + number % (_COLOURS - 1), markers=False) for number, (label, line) in enumerate(lines) if line]
     if not series:
         return None
     log = log and all(y > 0 for line in series for _, y in line.points)
     svg = line_chart(series, title=title, x_label="optimiser step", y_label=y_label, log_y=log, marks=marks)
     legend = [(line.label, swatch(line.slot)) for line in series] if len(series) > 1 else []
     return {"title": title, "svg": svg, "legend": legend}
+
+
+def _shares(kept: Sequence[Row], named: Mapping[str, str], title: str, marks: Sequence[float]) -> dict[str, Any] | None:
+    return _chart(kept, named, title, "share", marks=marks, points=_SHARES, statistic=np.mean)
 
 
 def _fid(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None) -> dict[str, Any] | None:
