@@ -25,6 +25,7 @@ from stages.diffusion.denoiser import unet_output
 from stages.diffusion.discriminator import Discriminator, DiscriminatorHead, UNetEncoder
 from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import lora_config
+from stages.diffusion.lora_merged import merge_in_training
 from stages.encoded_size import CONFIG_FILES, human
 from stages.meta_memory import Footprint, footprint
 from stages.plan import Plan
@@ -181,12 +182,13 @@ class TeacherShape:
         rank = config.lora_rank if config is not None and config.network == "lora" else None
         checkpointed = config is not None and config.gradient_checkpointing
         told = isinstance(config, LcmConfig) and config.guidance_w_range is not None
+        merged = rank is not None and config is not None and config.precision == "float32"
         return self._once(
-            ("unet", config is None, rank, checkpointed, told),
-            lambda: self._unet(rank, frozen=config is None, checkpointed=checkpointed, told=told),
+            ("unet", config is None, rank, checkpointed, told, merged),
+            lambda: self._unet(rank, frozen=config is None, checkpointed=checkpointed, told=told, merged=merged),
         )
 
-    def _unet(self, rank: int | None, *, frozen: bool, checkpointed: bool, told: bool = False) -> Any:
+    def _unet(self, rank: int | None, *, frozen: bool, checkpointed: bool, told: bool = False, merged: bool = False) -> Any:
         import diffusers  # noqa: PLC0415 - `stages.diffusion` must come first
 
         with torch.device("meta"):
@@ -196,6 +198,8 @@ class TeacherShape:
                 add_guidance_input(unet)
             if rank is not None:
                 unet.add_adapter(lora_config(rank, rank))
+        if merged:
+            merge_in_training(unet)
         if frozen:
             return unet.requires_grad_(False).eval()
         if checkpointed:

@@ -14,6 +14,7 @@ from schemas.errors import BadInput
 from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.lora import LORA_FILE, load_lora, merge_lora, save_lora
+from stages.diffusion.lora_merged import merge_in_training
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES
 from stages.training import Row, write_metrics
@@ -78,8 +79,9 @@ def save_weights(unet: Any, folder: Path, content: StudentUNet | StudentLoRA) ->
 
 
 def ready_for_training(unet: Any, *, gradient_checkpointing: bool) -> Any:
-    """Put a UNet in training mode, in the memory layout that convolutions are fastest in; returns it."""
+    """Put a UNet, or the one under a LoRA, in training mode, in the memory layout that convolutions are fastest in; returns it."""
     unet.train().to(memory_format=torch.channels_last)
+    merge_in_training(unet)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet

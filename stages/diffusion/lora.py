@@ -38,7 +38,9 @@ LORA_TARGETS = (
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name `load_lora_weights` looks for in a folder."""
 
-_ADAPTER = "default"
+ADAPTER = "default"
+"""The name of every adapter within its network."""
+
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers' loaders read rank and alpha from."""
 
@@ -52,7 +54,7 @@ def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parame
     if getattr(unet, "peft_config", None):
         raise BadInput("UNet: it has a LoRA adapter already; merge or remove it first")
     with torch.random.fork_rng(devices=[]):
-        unet.add_adapter(lora_config(rank, alpha), adapter_name=_ADAPTER)
+        unet.add_adapter(lora_config(rank, alpha), adapter_name=ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in _named_adapter_parameters(unet):
         drawn = torch.zeros(parameter.shape)
@@ -80,7 +82,7 @@ def lora_parameters(unet: Any) -> list[nn.Parameter]:
 
 def lora_state(unet: Any) -> dict[str, Tensor]:
     """The adapter's tensors by peft's names, such as `down_blocks.0.resnets.0.conv1.lora_A.weight`, sorted."""
-    return dict(sorted(get_peft_model_state_dict(unet, adapter_name=_ADAPTER).items()))
+    return dict(sorted(get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()))
 
 
 def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:
@@ -90,7 +92,7 @@ def load_lora_state(unet: Any, state: Mapping[str, Tensor]) -> None:
         raise BadInput(
             f"LoRA state: {len(expected ^ state.keys())} names differ from the adapter's, such as {min(expected ^ state.keys())}"
         )
-    set_peft_model_state_dict(unet, dict(state), adapter_name=_ADAPTER)
+    set_peft_model_state_dict(unet, dict(state), adapter_name=ADAPTER)
 
 
 def save_lora(unet: Any, folder: Path, dtype: torch.dtype | None = None) -> Path:
@@ -98,7 +100,7 @@ def save_lora(unet: Any, folder: Path, dtype: torch.dtype | None = None) -> Path
 
     Rank, alpha and targets are stored, so that alpha != rank survives. The bytes depend on the adapter alone. `dtype` casts the tensors.
     """
-    config = unet.peft_config[_ADAPTER]
+    config = unet.peft_config[ADAPTER]
     # Only what rebuilds the adapter: peft's whole configuration differs from version to version, and its target set has no order.
     described = {"unet.r": config.r, "unet.lora_alpha": config.lora_alpha, "unet.target_modules": list(LORA_TARGETS)}
     tensors = {f"unet.{name}": tensor.to(dtype=dtype) for name, tensor in lora_state(unet).items()}

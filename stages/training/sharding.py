@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from schemas.training import TrainingConfig
+from stages.diffusion.lora_merged import keep_no_sums
 from stages.ranks import Parallel
 
 N = TypeVar("N", bound=nn.Module)
@@ -39,6 +40,7 @@ def shard(network: N, config: TrainingConfig, parallel: Parallel) -> N:
     """
     if config.sharding != "full" or parallel.world_size == 1:
         return network
+    keep_no_sums(network)
     _HOLLOW[network] = _hollow(network)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     device = next(network.parameters()).device
