@@ -111,6 +111,12 @@ def _several_steps_have_their_grid(config: DmdConfig) -> Iterator[Mistake]:
             yield (name,), getattr(config, name).model_dump(), expected
 
 
+def _warm_up_outlasts_the_rates(config: DmdConfig) -> Iterator[Mistake]:
+    if config.warm_up is not None and config.warm_up.training_steps <= config.warmup_steps:
+        expected = f"it would end inside its rate's warm-up: expected more than warmup_steps = {config.warmup_steps}"
+        yield ("warm_up", "training_steps"), config.warm_up.training_steps, expected
+
+
 def _noise_range_is_open(config: DmdConfig) -> Iterator[Mistake]:
     if config.noise_range[0] >= config.noise_range[1]:
         yield ("noise_range",), list(config.noise_range), "expected the lowest share before the highest, such as [0.02, 0.98]"
@@ -130,4 +136,4 @@ def _backbones_have_a_use(config: RegressionConfig) -> Iterator[Mistake]:
 
 
 RegressionConfig.cross_checks = (_backbones_have_a_use,)
-DmdConfig.cross_checks = (_several_steps_have_their_grid, _noise_range_is_open, _a_lora_shares_its_teacher)
+DmdConfig.cross_checks = (_several_steps_have_their_grid, _warm_up_outlasts_the_rates, _noise_range_is_open, _a_lora_shares_its_teacher)

@@ -2,12 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from schemas.base import digest
 from schemas.dmd import DmdConfig
+from schemas.manifest import Latents, Lineage, Manifest, Pairs, Teacher
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.exact import GaussianMixtureDenoiser
 from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
@@ -16,8 +22,7 @@ from stages.dmd.matching import DistributionMatching
 from stages.students import Student
 from tests.stages.consistent import NULL, SmallStudent
 from tests.stages.mixtures import MEANS, SCHEDULE, SHAPE, classes
-
-__all__ = ["AffineGenerator", "MadeUpPairs", "SmallJudge", "a_matching", "config", "in_training"]
+from tests.training import artifacts
 
 
 def config(**more: object) -> DmdConfig:
@@ -114,3 +119,33 @@ def a_matching(settings: DmdConfig, kind: str = "epsilon") -> DistributionMatchi
         distance=None if settings.regression is None else l2,
         judge=None if settings.gan is None else Judging(SmallJudge()),
     )
+
+
+def make_pairs(folder: Path, teacher: Manifest[Teacher], latents: Manifest[Latents], count: int = 10) -> Manifest[Pairs]:
+    """An artifact of pairs on the store in `folder`: random noise, and another random draw as what the teacher made of it."""
+    random = torch.Generator().manual_seed(17)
+    shape = latents.content.latent_shape
+    target = folder / f"pairs-{teacher.identity[:8]}"
+    target.mkdir()
+    tensors = {name: torch.randn(count, *shape, generator=random) for name in ("noise", "outputs")}
+    save_file(tensors, target / "pairs-00000.safetensors")
+    rows = list(range(count))
+    captions = [artifacts.CAPTIONS[row] for row in rows]
+    index = {"pair": rows, "shard": ["pairs-00000.safetensors"] * count, "row": rows, "sample": rows, "caption": captions}
+    pq.write_table(pa.table(index), target / "index.parquet")
+    content = Pairs(
+        pairs=count,
+        shards=1,
+        latent_shape=shape,
+        teacher=teacher.identity,
+        latents=latents.identity,
+        time_ids=(16, 16, 0, 0, 16, 16) if teacher.content.architecture == "StableDiffusionXLPipeline" else None,
+        sampler="ddim",
+        steps=4,
+        guidance_scale=3.0,
+        seed=0,
+        batch_size=count,
+        shard_pairs=count,
+    )
+    lineage = Lineage(stage="test", node="test", revision=1, config={}, inputs={})
+    return artifacts.open_store(folder).publish(target, identity=digest(["pairs", teacher.identity]), content=content, lineage=lineage)
