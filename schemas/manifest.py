@@ -147,8 +147,8 @@ class StudentContent(Model):
     timesteps: dict[int, tuple[int, ...]]
     """The exact timestep grid for each step count, descending."""
     sampler: Literal["trailing", "lcm", "lcm-trailing"]
-    """`trailing`: DDIM/Euler on the trailing grid, or for a single step at a timestep of its own; `lcm`: LCMScheduler; `lcm-trailing`: the same on
-    the trailing grid."""
+    """`trailing`: DDIM/Euler on the trailing grid; `lcm`: LCMScheduler; `lcm-trailing`: the same on the trailing grid, or for a single step at a
+    timestep of its own."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
     guidance_scale: float
     """Imagen-convention scale to sample with, as diffusers' pipelines take it; 1 means no guidance."""

@@ -107,7 +107,7 @@ def _content(config: DmdConfig, teacher: Manifest[Teacher], networks: Networks) 
         "method": "dmd" if config.gan is None else "dmd2",
         "steps": (config.steps,),
         "timesteps": {config.steps: config.timesteps},
-        "sampler": "trailing" if config.steps == 1 else "lcm-trailing",
+        "sampler": "lcm-trailing",  # whose first input is the noise itself; Euler's is sigma / sqrt(sigma^2 + 1) of it
         "prediction_type": networks.student.denoiser.prediction.name,
         "guidance_scale": 1.0,
         "teacher": teacher.identity,

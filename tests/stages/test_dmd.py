@@ -162,7 +162,7 @@ def test_other_teachers_get_their_lora(tmp_path: Path, kind: str) -> None:
     distance = {"distance": "lpips-efficientnet-lite0", "size_px": 32}
     settings = config(network="lora", lora_rank=4, lora_alpha=8, training_steps=2, precision="bfloat16", regression=distance, gan={})
     student = made(place, settings)
-    assert student.content.kind == "student_lora" and student.content.sampler == "trailing"
+    assert student.content.kind == "student_lora" and student.content.sampler == "lcm-trailing"
     path = artifacts.open_store(tmp_path).fetch(student) / "pytorch_lora_weights.safetensors"
     with safe_open(path, framework="pt") as file:
         assert all(float(file.get_tensor(name).abs().max()) > 0 for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
