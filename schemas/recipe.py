@@ -11,6 +11,7 @@ from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.finetune import FinetuneConfig, FinetuneName
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
+from schemas.pairs import PairsConfig
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 from schemas.training import TrainingConfig
 
@@ -30,6 +31,8 @@ class Recipe(Model):
     """A teacher to load. Exactly one of `teacher` and `train_teacher`."""
     train_teacher: TrainTeacherConfig | None = None
     """A small teacher to train from scratch on the selection."""
+    pairs: PairsConfig | None = None
+    """Noise-output pairs of the teacher's deterministic sampler."""
     finetune: dict[FinetuneName, FinetuneConfig] = {}
     """Style LoRAs and other bases made of the teacher, by name."""
     lightning: LightningConfig | None = None

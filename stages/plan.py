@@ -81,6 +81,9 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs=selected))
     nodes.append(Node("encode", "encode", recipe.encode, seed, inputs=selected | {"teacher": teacher}))
 
+    if recipe.pairs is not None:
+        nodes.append(Node("pairs", "pairs", recipe.pairs, seed, inputs={"teacher": teacher, "latents": "encode"}))
+
     nodes += [
         Node(f"finetune-{name}", "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
         for name, config in recipe.finetune.items()

@@ -13,6 +13,7 @@ from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Manifest
+from schemas.pairs import PairsConfig
 from schemas.recipe import Recipe
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 
@@ -66,6 +67,7 @@ STAGES: dict[str, Stage] = {
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
         Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
+        Stage("pairs", PairsConfig, ("pairs",), "stages.pairs"),
         Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune"),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
