@@ -8,7 +8,7 @@ from typing import Any
 from schemas.base import Model
 from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig, PublishConfig
+from schemas.evaluation import EvaluateConfig, PublishConfig, ReferenceConfig
 from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
@@ -69,7 +69,8 @@ STAGES: dict[str, Stage] = {
         Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune"),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
-        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),
+        Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference"),
+        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=3),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),
     )
 }

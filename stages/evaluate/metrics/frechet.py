@@ -27,7 +27,7 @@ def frechet(own: FeatureSet, reference: FeatureSet) -> Estimate:
 
 def _influence(of: FeatureSet, vectors: Array, roots: Array, difference: Array) -> Array:
     """(N,), mean zero. `difference` is the set's mean less the other's."""
-    spread = (of.centred**2).sum(axis=1) - (of.coordinates(vectors) ** 2) @ roots
+    spread: Array = (of.centred**2).sum(axis=1) - (of.coordinates(vectors) ** 2) @ roots
     shift = 2 * (of.wide - of.statistics.mean) @ difference
     influence: Array = of.images * spread + shift
     return influence - influence.mean()
