@@ -27,6 +27,7 @@ class Demo:
 
 DEMOS: Final[Mapping[str, Demo]] = {
     "tiny.yaml": Demo(make_collection, FOLDER),
+    "tiny-dmd.yaml": Demo(make_collection, FOLDER / "dmd"),
     "tiny-adversarial.yaml": Demo(partial(make_small_collection, count=3000, seed=2), FOLDER / "adversarial"),
     "tiny-teacher.yaml": Demo(partial(make_small_collection, count=6000, seed=1), FOLDER / "teacher"),
 }

@@ -107,12 +107,34 @@ class Teacher(Model):
 
 
 class Pairs(Model):
-    """Noise-output pairs of the deterministic teacher sampler."""
+    """`pairs-NNNNN.safetensors` with `noise` and `outputs`, and `index.parquet` (pair, shard, row, sample, caption).
+
+    Text is not in it: the embeddings of a pair's caption are those of `sample` in the encoded set `latents`, which therefore has to stay. They are
+    larger than the pair (SDXL in bfloat16: 318 KB beside two tensors of 262 KB), and a copy would hold each as often as its caption has pairs.
+    """
 
     kind: Literal["pairs"] = "pairs"
     pairs: int
     shards: int
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of noise and output, float32; outputs are scaled latents, noise has unit variance."""
     teacher: Sha256
+    """Identity of the teacher that drew them."""
+    latents: Sha256
+    """Identity of the encoded set whose captions they were drawn with: pair n has that of its sample n modulo the number of samples."""
+    time_ids: tuple[int, int, int, int, int, int] | None = None
+    """What an SDXL-type teacher was told of size and crop, the same for all pairs. None: it is told nothing."""
+    sampler: str
+    steps: int
+    guidance_scale: float
+    """Imagen convention; 1 means no guidance."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int
+    """Of the noise."""
+    batch_size: int
+    """Pairs that were drawn together, counted from the beginning of each shard."""
+    shard_pairs: int
+    """Pairs of every shard but the last."""
 
 
 class StudentContent(Model):
@@ -124,8 +146,9 @@ class StudentContent(Model):
     """Step counts the student is meant for, largest first."""
     timesteps: dict[int, tuple[int, ...]]
     """The exact timestep grid for each step count, descending."""
-    sampler: Literal["trailing", "lcm"]
-    """`trailing`: DDIM/Euler on the trailing grid; `lcm`: LCMScheduler."""
+    sampler: Literal["trailing", "lcm", "lcm-trailing"]
+    """`trailing`: DDIM/Euler on the trailing grid; `lcm`: LCMScheduler; `lcm-trailing`: the same on the trailing grid, or for a single step at a
+    timestep of its own."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"]
     guidance_scale: float
     """Imagen-convention scale to sample with, as diffusers' pipelines take it; 1 means no guidance."""

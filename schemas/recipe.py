@@ -7,10 +7,12 @@ from typing import Annotated
 
 from schemas.base import Field, Mistake, Model, NotIdentity, Place
 from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
+from schemas.dmd import DmdConfig
 from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.finetune import FinetuneConfig, FinetuneName
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
+from schemas.pairs import PairsConfig
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 from schemas.training import TrainingConfig
 
@@ -30,10 +32,13 @@ class Recipe(Model):
     """A teacher to load. Exactly one of `teacher` and `train_teacher`."""
     train_teacher: TrainTeacherConfig | None = None
     """A small teacher to train from scratch on the selection."""
+    pairs: PairsConfig | None = None
+    """Noise-output pairs of the teacher's deterministic sampler."""
     finetune: dict[FinetuneName, FinetuneConfig] = {}
     """Style LoRAs and other bases made of the teacher, by name."""
     lightning: LightningConfig | None = None
     lcm: LcmConfig | None = None
+    dmd: DmdConfig | None = None
     evaluate: EvaluateConfig | None = None
     publish: PublishConfig | None = None
 
@@ -140,13 +145,24 @@ def _published_is_measured(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _published_is_made(recipe: Recipe) -> Iterator[Mistake]:
-    made = (recipe.lightning, recipe.lcm, recipe.train_teacher)
+    made = (recipe.lightning, recipe.lcm, recipe.dmd, recipe.train_teacher)
     styles = any(config.network == "lora" for config in recipe.finetune.values())
     if recipe.publish is not None and not styles and all(section is None for section in made):
-        yield ("publish",), recipe.publish.name, "no stage makes a student: expected a section lightning or lcm"
+        yield ("publish",), recipe.publish.name, "no stage makes a student: expected a section lightning, lcm or dmd"
 
 
-_TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "finetune", "lightning", "lcm")
+def _dmd_has_its_pairs(recipe: Recipe) -> Iterator[Mistake]:
+    dmd, pairs = recipe.dmd, recipe.pairs
+    if dmd is None or not dmd.reads_pairs:
+        return
+    if pairs is None:
+        yield ("dmd", "regression"), None, "regression and warm_up read the teacher's pairs: expected a section pairs, or null in both"
+    elif pairs.guidance_scale != dmd.guidance_scale:
+        expected = f"pairs and real score are guided alike (DMD 3.4): expected pairs.guidance_scale = {pairs.guidance_scale}"
+        yield ("dmd", "guidance_scale"), dmd.guidance_scale, expected
+
+
+_TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "finetune", "lightning", "lcm", "dmd")
 
 Recipe.cross_checks = (
     _one_teacher,
@@ -159,6 +175,7 @@ Recipe.cross_checks = (
     *(partial(_warmup_ends, path) for path in _TRAINING),
     *(partial(_only_students_are_sharded, path) for path in _TRAINING if path.startswith("train_teacher")),
     _links_add_up,
+    _dmd_has_its_pairs,
     _published_is_measured,
     _published_is_made,
 )

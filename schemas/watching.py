@@ -18,7 +18,7 @@ class Alarms(Model):
     """Accuracy from which on a step counts, on real and fake alike. A loss pinned at 0 is the same: a misjudged sample costs log 2 at least."""
     latent_std_band: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
     """Lowest and highest deviation of the student's latents, as a ratio to the reference's of the same batch: the teacher's results, and for
-    `lcm` the encoded pictures. null: off."""
+    `lcm` the encoded pictures, for `dmd` these or the pairs' outputs. null: off."""
     latent_mean_drift: Annotated[float, Field(gt=0)] | None = None
     """Highest distance of the student's mean from the reference's, in the reference's deviations. null: off."""
     patience: PositiveInt = 50

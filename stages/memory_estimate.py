@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from infra.outside import local_copy
 from infra.store import ArtifactStore
 from schemas.data import EncodeConfig
+from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
 from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
@@ -26,12 +27,13 @@ from stages.diffusion.discriminator import Discriminator, DiscriminatorHead, UNe
 from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import lora_config
 from stages.encoded_size import CONFIG_FILES, human
+from stages.memory_matching import matching_memory
 from stages.meta_memory import Footprint, footprint
 from stages.plan import Plan
 from stages.train_teacher.networks import build_unet
 from stages.training.sharding import UNITS
 
-Trained = LinkConfig | LcmConfig | FinetuneConfig
+Trained = LinkConfig | LcmConfig | FinetuneConfig | DmdConfig
 """Sections whose training is estimated."""
 
 _FLOAT = 4
@@ -156,22 +158,31 @@ class TeacherShape:
                 turns["student"] = (student.trained, max(trained.peak, trained.held + judged.peak))
                 turns["discriminator"] = (discriminator.trained, self.judging(config, batch).peak)
                 networks.append(discriminator)
-        if not isinstance(config, FinetuneConfig):  # there nobody teaches
+        if isinstance(config, DmdConfig):
+            matching = matching_memory(self, config, batch)
+            fake = _Network.of(matching.fake)
+            parts |= {"teacher": matching.teacher_bytes, "fake_score": fake.weights}
+            parts["optimizer"] += _MOMENTS * fake.trained
+            turns = {name: (fake.trained if name == "fake_score" else student.trained, peak) for name, peak in matching.turns.items()}
+            networks.append(fake)
+        elif not isinstance(config, FinetuneConfig):  # there nobody teaches
             guided = isinstance(config, LcmConfig) or config.guidance_scale > 1
             turns["teacher"] = (0, self.asked(config, 2 * batch if guided and asked else batch).peak)
         gradients, activations = max(turns.values(), key=sum)
         parts |= {"gradients": gradients, "activations": activations}
         if processes > 1 and config.sharding != "none":
             divided = (
-                ("optimizer",) if config.sharding == "optimizer" else ("student", "discriminator", "optimizer", "average", "gradients")
+                ("optimizer",)
+                if config.sharding == "optimizer"
+                else ("student", "discriminator", "fake_score", "optimizer", "average", "gradients")
             )
-            parts |= {name: math.ceil(parts[name] / processes) for name in divided}
+            parts |= {name: math.ceil(parts[name] / processes) for name in divided if name in parts}
             if config.sharding == "full":
                 parts["gathered"] = sum(network.gathered for network in networks)
         return MemoryEstimate(processes, parts)
 
     def _sample_bytes(self) -> int:
-        _, _, conditioning = self._inputs(1)
+        _, _, conditioning = self.inputs(1)
         text = sum(t.numel() for t in (conditioning.prompt_embeds, conditioning.pooled, conditioning.time_ids) if t is not None)
         return _FLOAT * (_PER_SAMPLE * math.prod(self.latent_shape) + text)
 
@@ -183,10 +194,11 @@ class TeacherShape:
         told = isinstance(config, LcmConfig) and config.guidance_w_range is not None
         return self._once(
             ("unet", config is None, rank, checkpointed, told),
-            lambda: self._unet(rank, frozen=config is None, checkpointed=checkpointed, told=told),
+            lambda: self.make_unet(rank, frozen=config is None, checkpointed=checkpointed, told=told),
         )
 
-    def _unet(self, rank: int | None, *, frozen: bool, checkpointed: bool, told: bool = False) -> Any:
+    def make_unet(self, rank: int | None, *, frozen: bool, checkpointed: bool, told: bool = False) -> Any:
+        """A UNet on the meta device, with a LoRA of a rank, and with w as an input where it is `told`."""
         import diffusers  # noqa: PLC0415 - `stages.diffusion` must come first
 
         with torch.device("meta"):
@@ -206,7 +218,7 @@ class TeacherShape:
         """As `unet_discriminator` makes it."""
 
         def make() -> Any:
-            encoder = UNetEncoder(self._unet(None, frozen=False, checkpointed=checkpointed))
+            encoder = UNetEncoder(self.make_unet(None, frozen=False, checkpointed=checkpointed))
             height, width = (-(-side // encoder.downscale) for side in self.latent_shape[1:])
             with torch.device("meta"):
                 head = DiscriminatorHead(encoder.channels * (2 if conditional else 1), height, width, encoder.channels)
@@ -217,7 +229,7 @@ class TeacherShape:
     def footprint(self, config: Trained, batch: int) -> Footprint:
         """The student's forward and backward pass."""
         unet = self.unet(config)
-        return self._pass((id(unet), batch, config.precision), [unet], lambda: self._call(unet, batch), config.precision)
+        return self._pass((id(unet), batch, config.precision), [unet], lambda: self.call(unet, batch), config.precision)
 
     def asked(self, config: LinkConfig | LcmConfig, batch: int) -> Footprint:
         """The teacher's forward pass."""
@@ -225,7 +237,7 @@ class TeacherShape:
         low = isinstance(config, LinkConfig) and config.teacher_precision == "bfloat16"
         precision = "bfloat16" if low else config.precision
         key = (id(unet), batch, precision)
-        return self._pass(key, [unet], lambda: self._call(unet, batch), precision, backward=False)
+        return self._pass(key, [unet], lambda: self.call(unet, batch), precision, backward=False)
 
     def judging(self, config: LinkConfig, batch: int) -> Footprint:
         """The discriminator's own turn: real and fake in one pass."""
@@ -243,17 +255,19 @@ class TeacherShape:
         network.requires_grad_(True)
         return found
 
-    def _call(self, unet: Any, batch: int) -> Tensor:
-        x, t, conditioning = self._inputs(batch)
+    def call(self, unet: Any, batch: int) -> Tensor:
+        """A UNet's forward pass."""
+        x, t, conditioning = self.inputs(batch)
         conditioning = conditioning.with_guidance(torch.empty(batch, device="meta"))
         return unet_output(unet, x, t, conditioning)
 
     def _judge(self, discriminator: Any, batch: int, *, asked: bool = False) -> Tensor:
-        x, t, conditioning = self._inputs(batch)
+        x, t, conditioning = self.inputs(batch)
         logits: Tensor = discriminator(x.requires_grad_(asked), t, x.detach(), t, conditioning)
         return logits
 
-    def _inputs(self, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """x_t, timesteps and conditioning on the meta device."""
         config = self.unet_config
         with torch.device("meta"):
             x, t = torch.empty(batch, *self.latent_shape), torch.empty(batch, dtype=torch.long)

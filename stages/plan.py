@@ -81,6 +81,9 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node(teacher, "train-teacher", recipe.train_teacher, seed, inputs=selected))
     nodes.append(Node("encode", "encode", recipe.encode, seed, inputs=selected | {"teacher": teacher}))
 
+    if recipe.pairs is not None:
+        nodes.append(Node("pairs", "pairs", recipe.pairs, seed, inputs={"teacher": teacher, "latents": "encode"}))
+
     nodes += [
         Node(f"finetune-{name}", "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
         for name, config in recipe.finetune.items()
@@ -97,6 +100,12 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         inputs = {"teacher": teacher, "latents": "encode"}
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
+    if recipe.dmd is not None:
+        inputs = {"teacher": teacher, "latents": "encode"} | ({"pairs": "pairs"} if recipe.dmd.reads_pairs else {})
+        regression = recipe.dmd.regression
+        places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
+        nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places)))
+        students.append("dmd")
     if recipe.evaluate is not None:
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
         if recipe.evaluate.reference is not None:

@@ -7,12 +7,14 @@ from typing import Any
 
 from schemas.base import Model
 from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
+from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, PublishConfig, ReferenceConfig
 from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Manifest
+from schemas.pairs import PairsConfig
 from schemas.recipe import Recipe
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 
@@ -66,9 +68,11 @@ STAGES: dict[str, Stage] = {
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
         Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
+        Stage("pairs", PairsConfig, ("pairs",), "stages.pairs"),
         Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune"),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
+        Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd"),
         Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference"),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=3),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),

@@ -51,7 +51,7 @@ class Sampling:
     method: str
     steps: tuple[int, ...]
     timesteps: dict[int, tuple[int, ...]]
-    sampler: Sampler
+    sampler: str
     prediction_type: str
     guidance_scale: float
 

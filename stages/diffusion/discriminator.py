@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import added_conditions
@@ -35,22 +36,26 @@ class UNetEncoder(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Mid-block features (B, C, h, w) of x (B, C', H, W) at timesteps (B,) long; those of the clean state are taken at timestep 0."""
-        unet = self.unet
-        dtype = unet.conv_in.weight.dtype
-        x = x.to(dtype)
-        text = conditioning.prompt_embeds.to(dtype)
-        added = added_conditions(unet, conditioning, dtype)
-        emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=timesteps.clamp(min=0)), None)
-        if (more := unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added or {})) is not None:
-            emb = emb + more
-        text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
-        hidden = unet.conv_in(x)
-        for block in (*unet.down_blocks, unet.mid_block):
-            arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-            output = block(hidden, emb, **arguments)
-            hidden = output[0] if isinstance(output, tuple) else output  # a down block also gives what its skip connections carry
-        features: Tensor = hidden
-        return features
+        return encoder_features(self.unet, x, timesteps, conditioning)
+
+
+def encoder_features(unet: Any, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """Mid-block features (B, C, h, w) of a UNet, with or without its decoder; arguments as of `UNetEncoder.forward`."""
+    dtype = unet.conv_in.weight.dtype
+    x = x.to(dtype)
+    text = conditioning.prompt_embeds.to(dtype)
+    added = added_conditions(unet, conditioning, dtype)
+    emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=timesteps.clamp(min=0)), None)
+    if (more := unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added or {})) is not None:
+        emb = emb + more
+    text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
+    hidden = unet.conv_in(x)
+    for block in (*unet.down_blocks, unet.mid_block):
+        arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        output = block(hidden, emb, **arguments)
+        hidden = output[0] if isinstance(output, tuple) else output  # a down block also gives what its skip connections carry
+    features: Tensor = hidden
+    return features
 
 
 _DECODER = ("up_blocks", "conv_norm_out", "conv_act", "conv_out")
@@ -120,8 +125,25 @@ class Discriminator(nn.Module, Generic[E]):
 def unet_discriminator(unet: Any, latent_shape: tuple[int, int, int], *, conditional: bool, seed: int) -> Discriminator[UNetEncoder]:
     """Make a discriminator that starts as the denoiser sees: the UNet's weights copied, the head random as a function of `seed` alone."""
     encoder = UNetEncoder(unet)
-    height, width = (-(-side // encoder.downscale) for side in latent_shape[1:])
+    return Discriminator(encoder, unet_head(unet, latent_shape, looks=2 if conditional else 1, seed=seed), conditional=conditional)
+
+
+def unet_head(unet: Any, latent_shape: tuple[int, int, int], *, looks: int = 1, seed: int) -> DiscriminatorHead:
+    """A head for a UNet's mid-block features of latents of this shape, several `looks` side by side. Random as a function of `seed` alone."""
+    channels = int(unet.config.block_out_channels[-1])
+    downscale = 2 ** (len(unet.config.block_out_channels) - 1)
+    height, width = (-(-side // downscale) for side in latent_shape[1:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = DiscriminatorHead(encoder.channels * (2 if conditional else 1), height, width, encoder.channels)
-    return Discriminator(encoder, head.to(next(encoder.parameters()).device), conditional=conditional)
+        head = DiscriminatorHead(channels * looks, height, width, channels)
+    return head.to(next(unet.parameters()).device)
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """-log p - log(1 - p^), the mean over samples, of logits (B,) (SDXL-Lightning eq. 18; DMD2, arXiv 2405.14867, 4.3)."""
+    return (softplus(-real_logits) + softplus(fake_logits)).mean()
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """-log p^, the mean over samples, of logits (B,) (SDXL-Lightning eq. 19; DMD2 4.3)."""
+    return softplus(-fake_logits).mean()

@@ -13,25 +13,34 @@ from torch import Tensor
 from schemas.errors import BadInput
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, guided_output
-from stages.diffusion.schedule import SCHEDULE_KEYS
+from stages.diffusion.schedule import SCHEDULE_KEYS, TRAIN_TIMESTEPS, beginning
+
+LCM_TRAILING = "lcm-trailing"
 
 SAMPLERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "trailing": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "lcm": (LCMScheduler, {}),
+    LCM_TRAILING: (LCMScheduler, {}),
 }
 """Scheduler class and settings by sampler. `trailing`: Euler (the same moves as DDIM) on the trailing grid, as SDXL-Lightning is sampled (arXiv
-2402.13929, 3.5); `lcm`: multistep consistency sampling with a grid of 50 points."""
+2402.13929, 3.5); `lcm`: multistep consistency sampling with a grid of 50 points; `lcm-trailing`: with a grid of as many points as there are steps,
+which is the trailing one, as DMD2's students are sampled (arXiv 2405.14867, 4.4)."""
 
 
-def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction_type: str) -> Any:
+def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction_type: str, grid: Sequence[int] = ()) -> Any:
     """The diffusers scheduler to sample with and to publish: the teacher's noise schedule, everything else the sampler's own.
 
-    A teacher's own sampler settings (Karras sigmas, clipping, step offset) are left behind. Raises `BadInput` for an unknown sampler.
+    A teacher's own sampler settings (Karras sigmas, clipping, step offset) are left behind. For a `grid` of timesteps, descending, that begins below
+    T - 1 the schedule ends where the grid begins, so that plain pipelines begin there too. Raises `BadInput` for an unknown sampler.
     """
     if sampler not in SAMPLERS:
         raise BadInput(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
     schedule = {key: scheduler_config[key] for key in SCHEDULE_KEYS if key in scheduler_config}
+    if grid and grid[0] + 1 < schedule.get("num_train_timesteps", TRAIN_TIMESTEPS):
+        schedule = beginning(schedule, grid[0] + 1)
     kind, settings = SAMPLERS[sampler]
+    if sampler == LCM_TRAILING:
+        settings = {"original_inference_steps": len(grid)}
     return kind(**schedule, **settings, prediction_type=prediction_type)
 
 

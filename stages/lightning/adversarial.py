@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from schemas.adversarial import AdversarialConfig
 from schemas.lightning import LinkConfig
 from stages.diffusion.denoiser import Denoiser, Prediction, predict
-from stages.diffusion.discriminator import Discriminator
+from stages.diffusion.discriminator import Discriminator, discriminator_loss, generator_loss
 from stages.diffusion.schedule import CLEAN, NoiseSchedule, append_dims
 from stages.diffusion.solvers import ddim_moves, ddim_step
 from stages.lightning.grid import NoisySample, OnStudentGrid, implied_x0
@@ -122,13 +121,3 @@ class AdversarialLink(OnStudentGrid[Judged]):
         level = prepared.level.repeat(len(x_s) // len(prepared.level))
         logits: Tensor = self.discriminator(x_s, level, sample.x_t, sample.timesteps[0], sample.conditioning)
         return logits
-
-
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """-log p - log(1 - p^), the mean over samples, of logits (B,) (SDXL-Lightning eq. 18)."""
-    return (softplus(-real_logits) + softplus(fake_logits)).mean()
-
-
-def generator_loss(fake_logits: Tensor) -> Tensor:
-    """-log p^, the mean over samples, of logits (B,) (SDXL-Lightning eq. 19)."""
-    return softplus(-fake_logits).mean()

@@ -26,7 +26,7 @@ class Variant(Model):
     """Step counts it is meant for, largest first."""
     timesteps: dict[int, tuple[int, ...]]
     """The grid of each step count, descending."""
-    sampler: Literal["trailing", "lcm"]
+    sampler: Literal["trailing", "lcm", "lcm-trailing"]
     scheduler: str
     """Scheduler class of diffusers whose configuration lies in `scheduler/`."""
     prediction_type: str

@@ -66,6 +66,10 @@ class Draw:
             row.random_(0, high, generator=source)
         return self._moved(numbers)
 
+    def shared_integer(self, purpose: str, high: int) -> int:
+        """An integer in [0, high) that is the same for all samples of the step, in every process and micro-batch."""
+        return int(torch.randint(high, (), generator=generator(self.seed, *self.key, purpose)))
+
     def _sources(self, purpose: str) -> Iterator[torch.Generator]:
         source = torch.Generator()
         for position in self.positions:

@@ -90,14 +90,14 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
     losses = {name: name.partition(".")[0] for name in names if name.endswith(".loss")}
     norms = {name: name.partition(".")[0] for name in names if name.endswith(".grad_norm")}
     rates = {name: name.partition(".")[0] for name in names if name.endswith(".learning_rate")}
-    accuracy = {f"discriminator.{which}_accuracy": which for which in ("real", "fake")}
+    accuracy = {name: which for which in ("real", "fake") for name in names if name.endswith(f".{which}_accuracy")}
     quality = _fid(kept, marks, seen)
     return [
         {"title": "Quality on the way", "says": "FID to the teacher of few images, of one run: it ranks its steps and nothing else.",
          "charts": [quality] if quality else []},
-        {"title": "The switch to x0", "says": "Before all that follows the student learned to say x0, by squared error.",
+        {"title": "Before", "says": "Before all that follows the student learned by squared error: to say x0, or for dmd the outputs of pairs.",
          "charts": [chart for chart in [
-             _chart(kept_rows(converted), {"student.loss": "student"}, "Loss of the conversion", "loss", marks=[])] if chart]},
+             _chart(kept_rows(converted), {"student.loss": "student"}, "Loss of the first part", "loss", marks=[])] if chart]},
         {"title": "Losses", "says": "Medians of short stretches of steps.",
          "charts": [chart for name, player in losses.items() if (chart := _chart(
              kept, {name: player}, f"Loss of the {player}", "loss", marks=marks))]},
@@ -109,7 +109,8 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
              _shares(kept, _levels(names, "real"), "Real ones, by level", marks),
              _shares(kept, _levels(names, "fake"), "The student's, by level", marks)) if chart]},
         {"title": "Latents",
-         "says": "The student's x0 and its reference of the same batch: what a perfect student would say, or for lcm the encoded pictures.",
+         "says": "The student's x0 and its reference of the same batch: what a perfect student would say, for lcm the encoded pictures, for dmd "
+                 "these or the teacher's outputs of the pairs.",
          "charts": [chart for what, title in (("std", "Standard deviation"), ("mean", "Mean")) if (chart := _chart(
              kept, {f"student.{name}_{what}": label for name, label in _LATENTS.items()}, title, title.lower(), marks=marks))]},
         {"title": "Optimisers", "says": "Norm of all gradients of a player before clipping, and its learning rate.",

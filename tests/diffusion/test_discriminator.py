@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from stages.diffusion.conditioning import Conditioning
-from stages.diffusion.discriminator import Discriminator, DiscriminatorHead, UNetEncoder, unet_discriminator
+from stages.diffusion.discriminator import (
+    Discriminator,
+    DiscriminatorHead,
+    UNetEncoder,
+    discriminator_loss,
+    generator_loss,
+    unet_discriminator,
+)
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.lightning.adversarial import discriminator_loss, generator_loss
 from tests import tiny_pipelines
 from tests.architectures import SDXL
 from tests.tiny_pipelines import UNet2DConditionModel

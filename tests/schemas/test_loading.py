@@ -14,6 +14,7 @@ from schemas.errors import BadInput
 from schemas.lightning import LightningConfig, LinkConfig
 from schemas.loading import load_recipe, parse_recipe, read_recipe
 from schemas.recipe import Recipe
+from stages.plan import nodes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\
@@ -145,6 +146,41 @@ def test_each_mistake_of_an_adversarial_chain_names_its_place(section: str, expe
     read_recipe(ADVERSARIAL.replace("    4: {}", "    4: {}\n  adversarial: {}"))
     found = mistakes_of(ADVERSARIAL.replace("    4: {}", f"    4: {{}}\n  adversarial: {section}"))
     assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ("dmd: {}\n", "dmd.regression: found None; regression and warm_up read the teacher's pairs: expected a section pairs"),
+        ("dmd: {guidance_scale: 8}\npairs: {}\n", "dmd.guidance_scale (line 13): found 8.0; pairs and real score are guided alike"),
+        (
+            "dmd: {regression: null, batch_size: 9, accumulation_steps: 2}\n",
+            "dmd.accumulation_steps (line 13): found 2; expected a divisor",
+        ),
+        (
+            "dmd: {regression: {distance: l2, size_px: 224}}\npairs: {}\n",
+            "dmd.regression.size_px (line 13): found 224; distance l2 has no use",
+        ),
+    ],
+)
+def test_each_mistake_of_a_matching_names_its_place(sections: str, expected: str) -> None:
+    found = mistakes_of(GOOD + sections)
+    assert any(expected in line for line in found), found
+
+
+def test_matching_reads_pairs_where_it_has_a_use_for_them() -> None:
+    def inputs(sections: str) -> tuple[dict[str, object], dict[str, str]]:
+        nodes = {node.name: node for node in nodes_of(read_recipe(GOOD + sections))}
+        assert "dmd" in nodes["evaluate"].inputs["students"] and "dmd" in nodes["publish"].inputs["students"]
+        return dict(nodes["dmd"].inputs), dict(nodes["dmd"].outside)
+
+    alone = {"teacher": "teacher", "latents": "encode"}
+    assert inputs("dmd: {regression: null}\n") == (alone, {})
+    assert inputs("dmd: {regression: {vgg: a.pth, decoder: tiny}}\npairs: {}\n") == (
+        alone | {"pairs": "pairs"},
+        {"regression.vgg": "a.pth", "regression.decoder": "tiny"},
+    )
+    assert inputs("dmd: {regression: null, timestep: 399, warm_up: {}}\npairs: {guidance_scale: 3}\n")[0] == alone | {"pairs": "pairs"}
 
 
 def test_phases_alone_say_what_is_trained() -> None:

@@ -35,6 +35,8 @@ def killed_and_resumed(folder: Path, stage: str, config: Any, inputs: Any, after
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     module = import_module(f"stages.{job['stage']}")
-    settings = {"lightning": "schemas.lightning:LinkConfig", "lcm": "schemas.lcm:LcmConfig"}[job["stage"]].split(":")
+    settings = {"lightning": "schemas.lightning:LinkConfig", "lcm": "schemas.lcm:LcmConfig", "dmd": "schemas.dmd:DmdConfig"}[
+        job["stage"]
+    ].split(":")
     config = getattr(import_module(settings[0]), settings[1]).model_validate(job["config"])
     module.run(config, module.Inputs.model_validate(job["inputs"]), workspace(Path(job["folder"]), config=config))

@@ -29,5 +29,6 @@ def _influence(of: FeatureSet, vectors: Array, roots: Array, difference: Array) 
     """(N,), mean zero. `difference` is the set's mean less the other's."""
     spread: Array = (of.centred**2).sum(axis=1) - (of.coordinates(vectors) ** 2) @ roots
     shift = 2 * (of.wide - of.statistics.mean) @ difference
-    influence: Array = of.images * spread + shift
-    return influence - influence.mean()
+    influence = of.images * spread + shift
+    centred: Array = influence - influence.mean()
+    return centred

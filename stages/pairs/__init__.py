@@ -1,0 +1,1 @@
+"""`pairs`: noise and what the deterministic teacher makes of it."""
