@@ -1,9 +1,12 @@
 """Recipe sections that measure and hand out: `evaluate`, `publish`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
+from pydantic import model_validator
+
 from schemas.base import Field, Mistake, Model, NotIdentity
+from schemas.protocols import PATCH_PX, PROTOCOLS, MetricGroup, Protocol
 from schemas.training import PositiveInt
 
 
@@ -46,9 +49,21 @@ def _something_changes(config: TransferConfig) -> Iterator[Mistake]:
 TransferConfig.cross_checks = (_something_changes,)
 
 
-class EvaluateConfig(Model):
-    """`evaluate`: teacher and students on the same prompts and seeds, with FID, grids and a report."""
+class ReferenceConfig(Model):
+    """`reference`: features of real images from elsewhere, such as COCO's, an artifact of its own that every evaluation with these settings shares.
+    Made from the fields of `evaluate` that have these names."""
 
+    extractor: Literal["inception", "efficientnet-lite0"]
+    resize_px: PositiveInt | None
+    patch_px: PositiveInt | None
+    """null: no patches."""
+
+
+class EvaluateConfig(Model):
+    """`evaluate`: teacher and students on the same prompts and seeds, with FID and other metrics, grids and a report."""
+
+    protocol: Protocol | None = None
+    """Published evaluation whose settings take the place of the defaults below; what the recipe names itself stands."""
     prompts: Annotated[str | None, NotIdentity] = None
     """Text file, one prompt a line. null: captions of the encoded set, in the order of the seed. Its content is part of the identity."""
     prompt_count: Annotated[int, Field(ge=2)] = 10_000
@@ -60,6 +75,26 @@ class EvaluateConfig(Model):
     """Imagen-convention scale of the teacher's rows."""
     extractor: Literal["inception", "efficientnet-lite0"] = "inception"
     """Feature network of the FID. `inception`: clean-fid's own, downloaded at first use. `efficientnet-lite0`: carried by a package."""
+    metrics: tuple[MetricGroup, ...] = ("fid",)
+    """What is measured, against real images and against other samples of the teacher: FID; `patch_fid` of a crop of the centre; KID; precision and
+    recall; density and coverage. `clip_score`: pictures against their prompts, by `clip_model`."""
+    resize_px: PositiveInt | None = None
+    """Side of the squares, cropped from the centre and resized by Lanczos, that are shown to the feature network. null: the teacher's resolution."""
+    reference: Annotated[str | None, NotIdentity] = None
+    """Folder, or address of one, of the real images that are compared with: PNG, JPEG or WebP, in folders below it too. Identity has their content.
+    null: the selection's pictures."""
+    patch_px: PositiveInt = PATCH_PX
+    """Side of the crop of `patch_fid`, from the picture as it is. SDXL-Lightning 4.3: 299, what Inception takes."""
+    clip_model: Annotated[str | None, NotIdentity] = None
+    """CLIP model in transformers' layout: folder, address or hub id. Identity has its content."""
+    clip_prefix: str = ""
+    """Text before every prompt for the CLIP score, with its space."""
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
+    """Resamples of the bootstrap behind every interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Share of the resamples that an interval holds."""
+    timing: PositiveInt | None = None
+    """Repeats of the timing of every row: latency, throughput, peak memory. null: none. Such a report has other figures each time it is made."""
     grid_prompts: Annotated[int, Field(ge=1, le=64)] = 8
     """Prompts shown in the grid."""
     batch_size: PositiveInt = 8
@@ -67,6 +102,18 @@ class EvaluateConfig(Model):
     """Seed of prompts and starting noise. null: the recipe's."""
     transfer: tuple[TransferConfig, ...] = ()
     """Other bases and styles that the LoRAs among the students are measured on."""
+
+    def reference_config(self) -> ReferenceConfig:
+        """How pictures are shown to the feature network."""
+        patch_px = self.patch_px if "patch_fid" in self.metrics else None
+        return ReferenceConfig(extractor=self.extractor, resize_px=self.resize_px, patch_px=patch_px)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _protocol_fills_in(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("protocol"), str):
+            return data
+        return {**PROTOCOLS.get(data["protocol"], {}), **data}
 
     def identity_fields(self) -> dict[str, Any]:
         """As of any model; an evaluation without transfer is the one it was before there was such a field."""
@@ -81,7 +128,16 @@ def _transfers_have_names_of_their_own(config: EvaluateConfig) -> Iterator[Mista
             yield ("transfer", number, "name"), name, "an entry before it has this name: expected another"
 
 
-EvaluateConfig.cross_checks = (_transfers_have_names_of_their_own,)
+def _metrics_can_be_computed(config: EvaluateConfig) -> Iterator[Mistake]:
+    if "fid" not in config.metrics:
+        yield ("metrics",), list(config.metrics), "expected fid among them: the report ranks rows by it"
+    if len(set(config.metrics)) < len(config.metrics):
+        yield ("metrics",), list(config.metrics), "expected each of them once"
+    if "clip_score" in config.metrics and config.clip_model is None:
+        yield ("clip_model",), None, "metrics has clip_score: expected a folder, address or hub id of a CLIP model"
+
+
+EvaluateConfig.cross_checks = (_transfers_have_names_of_their_own, _metrics_can_be_computed)
 
 
 class PublishConfig(Model):

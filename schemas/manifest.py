@@ -188,12 +188,22 @@ class FinetunedLoRA(Model):
     teacher: Sha256
 
 
+class ReferenceSet(Model):
+    """`whole.safetensors`, and `patch.safetensors` where patches were asked for: `features` (N, D) of real images, in the order of their names."""
+
+    kind: Literal["reference_set"] = "reference_set"
+    images: int
+    extractor: str
+
+
 class Evaluation(Model):
     """`report.html`, `scores.parquet`, `report.json`, sample grids."""
 
     kind: Literal["evaluation"] = "evaluation"
     scores: dict[str, dict[str, float]]
     """`{"<model>@<steps>": {"fid_teacher": ..., ...}}`."""
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    """Of scores, by the same names: lower and upper end."""
     prompts: int
 
 
@@ -215,6 +225,7 @@ Content = Annotated[
     | StudentUNet
     | StudentLoRA
     | FinetunedLoRA
+    | ReferenceSet
     | Evaluation
     | PublishedModel,
     Field(discriminator="kind"),

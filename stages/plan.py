@@ -108,6 +108,10 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         students.append("dmd")
     if recipe.evaluate is not None:
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
+        if recipe.evaluate.reference is not None:
+            pictures = {"pictures": recipe.evaluate.reference}
+            nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=pictures))
+            inputs["reference"] = "reference"
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:
         styles = tuple(f"finetune-{name}" for name, config in recipe.finetune.items() if config.network == "lora")
@@ -117,7 +121,7 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
 
 
 def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
-    places = _outside(prompts=config.prompts)
+    places = _outside(prompts=config.prompts, clip_model=config.clip_model if "clip_score" in config.metrics else None)
     for entry in config.transfer:
         places |= entry.outside()
     return places

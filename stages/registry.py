@@ -9,7 +9,7 @@ from schemas.base import Model
 from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig, PublishConfig
+from schemas.evaluation import EvaluateConfig, PublishConfig, ReferenceConfig
 from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
@@ -73,7 +73,8 @@ STAGES: dict[str, Stage] = {
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
         Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd"),
-        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),
+        Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference"),
+        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=3),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),
     )
 }

@@ -148,3 +148,20 @@ def save(kind: Kind, folder: Path, seed: int = 0) -> Path:
     """Write a random pipeline of the kind in diffusers layout (safetensors) and return its folder."""
     build(kind, seed).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A random CLIP model with its processor in transformers' layout, saved in `folder`: pictures of 32 px, the tokenizer above."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionConfig
+
+    words = tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, projection_dim=12, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    text = _text_config(words, 16, 12)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12))
+    model.save_pretrained(folder, safe_serialization=True)
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), words)
+    processor.save_pretrained(folder)
+    return folder

@@ -52,9 +52,14 @@ class FeatureStatistics:
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Fréchet distance between the Gaussians with these statistics. Never negative."""
-    if first.dimensions != second.dimensions:
-        raise BadInput(f"features of {first.dimensions} and {second.dimensions} dimensions cannot be compared")
+    check_dimensions(first, second)
     difference = first.mean - second.mean
     root = np.linalg.svd(first.factor.T @ second.factor, compute_uv=False).sum()
     distance = difference @ difference + (first.factor**2).sum() + (second.factor**2).sum() - 2 * root
     return max(float(distance), 0.0)
+
+
+def check_dimensions(first: FeatureStatistics, second: FeatureStatistics) -> None:
+    """Raise `BadInput` unless both are statistics of as many features."""
+    if first.dimensions != second.dimensions:
+        raise BadInput(f"features of {first.dimensions} and {second.dimensions} dimensions cannot be compared")

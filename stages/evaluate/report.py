@@ -11,6 +11,7 @@ from PIL import Image
 
 from stages.evaluate.curves import Curve
 from stages.evaluate.grid import Group, Pixels, thumbnail
+from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.summary import figure
 from stages.reports.charts import Series, line_chart, swatch
 from stages.reports.page import data_uri, funnel, page_environment, plural
@@ -42,6 +43,7 @@ def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mappin
         legend=[(family, swatch(slots[family])) for family in families],
         tables=[_table(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
+        timings=_timings(summary),
         transfers=[_transfer(entry) for entry in summary.get("transfers", ())],
         tiles=_tiles(summary),
         grid=_grid(grid),
@@ -65,16 +67,19 @@ def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _table(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
-    """One metric: a line a family, a column a step count; the best of each column is marked."""
-    values = {(row["family"], row["steps"]): row["scores"][metric] for row in summary["rows"] if metric in row["scores"]}
+    """One metric: a line a family, a column a step count, with intervals; the best of each column is marked."""
+    values = {(row["family"], row["steps"]): row["scores"][metric] for row in summary["rows"]}
+    intervals = {(row["family"], row["steps"]): row["intervals"][metric] for row in summary["rows"]}
+    better = max if METRICS[metric].higher_is_better else min
     steps = sorted({row["steps"] for row in summary["rows"]}, reverse=True)
-    best = {count: min(rivals) for count in steps if len(rivals := [value for key, value in values.items() if key[1] == count]) > 1}
+    best = {count: better(rivals) for count in steps if len(rivals := [value for key, value in values.items() if key[1] == count]) > 1}
     lines = []
     for family in families:
-        found = [values.get((family, count)) for count in steps]
         cells = [
-            {"text": "" if value is None else figure(value), "best": value is not None and value == best.get(count)}
-            for count, value in zip(steps, found, strict=True)
+            {"text": figure(values[key]), "range": "–".join(map(figure, intervals[key])), "best": values[key] == best.get(key[1])}
+            if (key := (family, count)) in values
+            else {"text": "", "range": "", "best": False}
+            for count in steps
         ]
         lines.append({"family": family, "swatch": swatch(slots[family]), "cells": cells})
     return {"title": title, "steps": steps, "lines": lines}
@@ -90,17 +95,37 @@ def _transfer(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": entry["name"], "changed": entry["changed"], "steps": steps, "lines": lines}
 
 
+def _timings(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Latency, throughput and memory, a line a row; none where nothing was timed."""
+    return [
+        {
+            "family": row["family"],
+            "steps": str(row["steps"]),
+            "latency": f"{timing['latency_seconds']:.3g}",
+            "throughput": f"{timing['images_per_second']:.3g}",
+            "batch": str(timing["batch_size"]),
+            "memory": "" if timing["peak_memory_bytes"] is None else f"{timing['peak_memory_bytes'] / 2**30:.2f}",
+            "device": timing["device"],
+        }
+        for row in summary["rows"]
+        if (timing := row.get("timing")) is not None
+    ]
+
+
 def _quality(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
+    about = METRICS[metric]
+    log = about.unit.endswith("FID")  # positive, and over orders of magnitude
     series = []
     for family in families:
         points = tuple(
             (float(row["steps"]), row["scores"][metric])
             for row in summary["rows"]
-            if row["family"] == family and row["scores"].get(metric, 0) > 0
+            if row["family"] == family and (row["scores"][metric] > 0 or not log)
         )
         series.append(Series(family, points, slots[family]))
+    better = "higher" if about.higher_is_better else "lower"
     chart = line_chart(
-        series, title=title, x_label="sampling steps", y_label="FID, lower is better", log_x=True, log_y=True, falling_x=True
+        series, title=title, x_label="sampling steps", y_label=f"{about.unit}, {better} is better", log_x=True, log_y=log, falling_x=True
     )
     return {"title": title, "svg": chart}
 

@@ -56,6 +56,10 @@ class Sampler:
         """The same prompts and noise for another pipeline; of another size, noise of that shape from the same seeds."""
         return Sampler(pipeline, self.prompts, seed=self.seed, batch_size=self.batch_size, tick=self.tick, size=size)
 
+    def of_batch(self, batch_size: int) -> "Sampler":
+        """The same in batches of another size, unheard by `tick`."""
+        return Sampler(self.pipeline, self.prompts, seed=self.seed, batch_size=batch_size, tick=lambda _images: None, size=self.size)
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w)."""

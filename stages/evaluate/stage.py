@@ -2,10 +2,9 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -16,36 +15,35 @@ from safetensors.numpy import load_file, save_file
 
 from infra.outside import local_copy
 from schemas.base import Model
-from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
-from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentLoRA, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.curves import Curve, read_curves
-from stages.evaluate.features import extractor_spec, features_of
-from stages.evaluate.fid import FeatureStatistics, frechet_distance
+from stages.evaluate.features import extractor_spec
+from stages.evaluate.fid import frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
+from stages.evaluate.metrics.catalogue import View
+from stages.evaluate.metrics.clip_score import ClipScorer, check_clip, is_wanted
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
+from stages.evaluate.reference import read_reference
 from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.rows import TEACHER, Row, rows_of
-from stages.evaluate.samples import Pixels, Sampler, first_pictures, read_pictures, real_pictures, sample_row, scheduler_of
-from stages.evaluate.summary import Measured, Scores, Sources, summarise
+from stages.evaluate.samples import Sampler, first_pictures, read_pictures, sample_row, scheduler_of
+from stages.evaluate.scoring import DECIMALS, Score, Scoring, Sets, check_scoring
+from stages.evaluate.summary import Measured, Sources, summarise
+from stages.evaluate.timing import Timing, time_row
 from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
+from stages.evaluate.views import Viewer, views_of
 from stages.selected import SelectedPictures
 from stages.students import load_student, weight_files
 from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
 
-Measure = Callable[[Iterable[Pixels]], NDArray[np.float32]]
-"""From pictures (H, W, 3) to features (N, D)."""
-
-FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser]], FeatureStatistics]
-"""From a row, the sampler of its prompts and noise, and what loads its denoiser, to the statistics of its samples."""
-
-_DECIMALS: Final = 6
-"""Digits of a score after the point: features are float32, so what follows is rounding."""
+FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser], tuple[View, ...]], Sets]
+"""From a row, the sampler of its prompts and noise, what loads its denoiser and what is shown of its samples, to their features."""
 
 
 class Inputs(Model):
@@ -58,28 +56,34 @@ class Inputs(Model):
     selection: Manifest[Selection]
     """Which of the images are the real ones to compare with."""
     students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+    reference: Manifest[ReferenceSet] | None = None
+    """Real images from elsewhere that take the place of the selection's."""
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
-    """Look for the extractor's packages and at a prompts file on this machine, hours before they are needed. Raises `BadInput`."""
+    """Look for the extractor's packages, and at a prompts file and a CLIP model on this machine, hours before they are needed. Raises `BadInput`."""
     extractor_spec(config.extractor)
     preflight_transfers(config, outside)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
         read_prompts(Path(outside["prompts"].removeprefix("file://")))
+    clip = Path(outside.get("clip_model", "").removeprefix("file://"))
+    if "clip_model" in outside and clip.exists():
+        check_clip(clip)
 
 
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
     """Sample, measure and report.
 
-    Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few real images and a student whose timesteps its
-    sampler does not have, all before anything is sampled.
+    Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few images for a metric, a patch larger than the
+    teacher's pictures, a CLIP model that is none, and a student whose timesteps its sampler does not have, all before anything is sampled.
     """
     spec = extractor_spec(config.extractor)
     seed = workspace.seed if config.seed is None else config.seed
     prompts = _prompts(config, inputs, workspace, seed)
-    if inputs.selection.content.images < 2:
-        raise BadInput(f"evaluate: FID needs real images, and the selection has {inputs.selection.content.images}; expected at least 2")
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
+    real_images = (inputs.reference or inputs.selection).content.images
+    check_scoring(config, len(prompts.images), real_images, pipeline.resolution)
+    clip = _clip(config, workspace)
     rows = rows_of(config, inputs.teacher.content, inputs.students)
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
@@ -90,26 +94,33 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
     reference = replace(rows[0], model="reference")
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
-    pieces = Pieces(workspace)
-    extractor = functools.cache(spec.build)
-
-    def measure(pictures: Iterable[Pixels]) -> NDArray[np.float32]:
-        return features_of(pictures, extractor(workspace.device), workspace.device)
-
+    pieces, looks = Pieces(workspace), config.reference_config()
+    viewer, views = Viewer(looks, spec, workspace.device, pieces), views_of(looks)
     with workspace.folder("evaluation") as folder:
         samples = {row.name: folder / "samples" / row.slug for row in rows}
 
-        def features(row: Row, of: Sampler, load: Callable[[], Denoiser]) -> FeatureStatistics:
+        def features(row: Row, of: Sampler, load: Callable[[], Denoiser], shown: tuple[View, ...]) -> Sets:
             target = folder / "samples" / row.slug
             sample_row(row, load, of, pieces, target)
-            made = _features(row.slug, functools.partial(read_pictures, target), measure, pieces)
+            made = viewer.look(row.slug, functools.partial(read_pictures, target), shown)
             _free(workspace.device)
             return made
 
-        statistics = {row.name: features(row, sampler, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in rows}
-        of_teacher = features(reference, other_noise, pipeline.denoiser)
-        chosen = SelectedPictures.open(inputs.images, inputs.selection, workspace)
-        real = _features("real", lambda: real_pictures(chosen, pipeline.resolution), measure, pieces)
+        of_teacher = features(reference, other_noise, pipeline.denoiser, views)
+        if inputs.reference is None:
+            real = viewer.selected(SelectedPictures.open(inputs.images, inputs.selection, workspace), pipeline.resolution)
+        else:
+            real = read_reference(inputs.reference, looks, workspace)
+        scoring = Scoring(config, prompts.images, {"teacher": of_teacher, "real": real}, seed)
+        scores: dict[str, Mapping[str, Score]] = {}
+        timings: dict[str, Timing] = {}
+        for row in rows:
+            load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
+            own = features(row, sampler, load, views)
+            clip_scores = None if clip is None else _clip_scores(row.slug, samples[row.name], prompts, clip, pieces)
+            scores[row.name] = scoring.score(own, clip_scores)
+            if config.timing is not None:
+                timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
 
         elsewhere: dict[str, float] = {}
         for transfer in transfers:
@@ -119,16 +130,18 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             config=config,
             seed=seed,
             rows=rows,
-            scores=_scores(statistics, of_teacher, real),
+            scores=scores,
             prompts=prompts,
             extractor=spec,
-            real_images=real.images,
+            real_images=real_images,
+            timings=timings,
             transfers=tuple(summarise_transfers(transfers, elsewhere)),
         )
         _write_report(folder, measured, inputs, samples, workspace)
-        scores = {name: dict(values) for name, values in measured.scores.items()}
-        scores |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
-        return workspace.publish(folder, Evaluation(scores=scores, prompts=prompts.distinct))
+        values = {name: {metric: score.value for metric, score in found.items()} for name, found in scores.items()}
+        values |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
+        intervals = {name: {metric: (score.low, score.high) for metric, score in found.items()} for name, found in scores.items()}
+        return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct))
 
 
 def _elsewhere(
@@ -137,9 +150,12 @@ def _elsewhere(
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
     pipeline = transfer.load(workspace.device)
     of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px) for sampler in samplers)
-    own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser)
-    found = {row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in transfer.rows}
-    return {name: round(frechet_distance(statistics, own), _DECIMALS) for name, statistics in found.items()}
+    own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, ("whole",))["whole"].statistics
+    found = {
+        row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace), ("whole",))["whole"].statistics
+        for row in transfer.rows
+    }
+    return {name: round(frechet_distance(statistics, own), DECIMALS) for name, statistics in found.items()}
 
 
 def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed: int) -> PromptSet:
@@ -158,26 +174,26 @@ def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Wo
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 
 
-def _features(name: str, pictures: Callable[[], Iterable[Pixels]], measure: Measure, pieces: Pieces) -> FeatureStatistics:
-    """Statistics of the pictures' features, which are kept: a killed run does not look at the pictures again."""
-    with pieces.piece(f"features-{name}") as (folder, made):
-        path = folder / "features.safetensors"
+def _clip(config: EvaluateConfig, workspace: Workspace) -> ClipScorer | None:
+    if "clip_score" not in config.metrics:
+        return None
+    return ClipScorer.load(local_copy(workspace.outside["clip_model"], workspace.scratch, is_wanted), workspace.device, config.clip_prefix)
+
+
+def _clip_scores(name: str, samples: Path, prompts: PromptSet, clip: ClipScorer, pieces: Pieces) -> NDArray[np.float32]:
+    with pieces.piece(f"clip-{name}") as (folder, made):
+        path = folder / "scores.safetensors"
         if not made:
-            save_file({"features": measure(pictures())}, path)
-        return FeatureStatistics.of(load_file(path)["features"])
+            save_file({"scores": clip.scores(read_pictures(samples), prompts.images)}, path)
+        return load_file(path)["scores"]
 
 
-def _scores(statistics: Mapping[str, FeatureStatistics], of_teacher: FeatureStatistics, real: FeatureStatistics) -> Scores:
-    """FIDs of every row.
-
-    The teacher's own samples come from other noise than the rows': with shared noise a row would be compared picture by picture, and a
-    distance below that of two sets of the teacher's own would say nothing about the distribution.
-    """
-    references = {"fid_teacher": of_teacher, "fid_real": real}
-    return {
-        row: {metric: round(frechet_distance(own, reference), _DECIMALS) for metric, reference in references.items()}
-        for row, own in statistics.items()
-    }
+def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, repeats: int, pieces: Pieces) -> Timing:
+    with pieces.piece(f"timing-{row.slug}") as (folder, made):
+        path = folder / "timing.json"
+        if not made:
+            path.write_text(json.dumps(time_row(row, load(), sampler, repeats).as_json()), encoding="utf-8")
+        return Timing(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dict[str, Path], workspace: Workspace) -> None:
@@ -188,13 +204,22 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dic
     grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)
     draw_grid(grid.prompts, groups, pictures).save(folder / "grid.png", optimize=True)
 
-    summary = summarise(measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students))
+    summary = summarise(
+        measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students, inputs.reference)
+    )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render_report(summary, grid, _curves(inputs, workspace)), encoding="utf-8")
     table = [
-        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | dict(measured.scores[row.name]) for row in rows
+        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | _columns(measured.scores[row.name])
+        for row in rows
     ]
     pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
+
+
+def _columns(scores: Mapping[str, Score]) -> dict[str, float]:
+    """Of every metric its value, and the ends of its interval."""
+    ends = ("value", "low", "high")
+    return {name if end == "value" else f"{name}_{end}": getattr(score, end) for name, score in scores.items() for end in ends}
 
 
 def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, tuple[Curve, ...]]:

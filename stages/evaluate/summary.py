@@ -1,24 +1,22 @@
 """What the report says, as plain data: `report.json`, from which the page and the model card are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any
 
 from schemas.evaluation import EvaluateConfig
-from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
+from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, Teacher
 from stages.evaluate.features import ExtractorSpec
+from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import TEACHER, Row, StudentManifest
+from stages.evaluate.scoring import Score
+from stages.evaluate.timing import Timing
 from stages.registry import stage
 from stages.reports.page import plural
 
-Scores = Mapping[str, Mapping[str, float]]
-"""Row name -> metric -> value."""
-
-METRICS: Final = {
-    "fid_teacher": "FID against other samples of the teacher",
-    "fid_real": "FID against real images",
-}
+Scores = Mapping[str, Mapping[str, Score]]
+"""Row name -> metric -> score."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Measured:
     prompts: PromptSet
     extractor: ExtractorSpec
     real_images: int
+    timings: Mapping[str, Timing] = field(default_factory=dict)
+    """By row, where the recipe asks for them."""
     transfers: tuple[Mapping[str, Any], ...] = ()
     """Of every entry of `evaluate.transfer`: its name, what is changed, and its rows with their FID to the changed teacher."""
 
@@ -46,6 +46,7 @@ class Sources:
     images: Manifest[ImageShards]
     selection: Manifest[Selection]
     students: Mapping[str, StudentManifest]
+    reference: Manifest[ReferenceSet] | None = None
 
 
 def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
@@ -54,7 +55,9 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "artifact": measured.identity,
-        "verdict": verdict(measured.rows, measured.scores),
+        "verdict": verdict(
+            measured.rows, {row: {metric: score.value for metric, score in found.items()} for row, found in measured.scores.items()}
+        ),
         "teacher": {
             "architecture": teacher.architecture,
             "prediction_type": teacher.prediction_type,
@@ -73,8 +76,10 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
         },
         "extractor": {"name": measured.config.extractor, "title": measured.extractor.title, "dimensions": measured.extractor.dimensions},
         "real_images": measured.real_images,
-        "metrics": dict(METRICS),
-        "rows": [_row(row, measured.scores[row.name]) for row in measured.rows],
+        "real_images_from": "selection" if sources.reference is None else "reference",
+        "metrics": {name: METRICS[name].title for name in measured.scores[measured.rows[0].name]},
+        "intervals": {"confidence": measured.config.confidence, "resamples": measured.config.resamples},
+        "rows": [_row(row, measured) for row in measured.rows],
         **({"transfers": list(measured.transfers)} if measured.transfers else {}),
         "warnings": warnings(measured),
         "funnel": funnel(sources),
@@ -83,7 +88,8 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
     }
 
 
-def _row(row: Row, scores: Mapping[str, float]) -> dict[str, Any]:
+def _row(row: Row, measured: Measured) -> dict[str, Any]:
+    scores, timing = measured.scores[row.name], measured.timings.get(row.name)
     return {
         "name": row.name,
         "model": row.model,
@@ -93,7 +99,9 @@ def _row(row: Row, scores: Mapping[str, float]) -> dict[str, Any]:
         "sampler": row.sampler,
         "prediction_type": row.prediction_type,
         "guidance_scale": row.guidance_scale,
-        "scores": dict(scores),
+        "scores": {metric: score.value for metric, score in scores.items()},
+        "intervals": {metric: [score.low, score.high] for metric, score in scores.items()},
+        **({} if timing is None else {"timing": timing.as_json()}),
     }
 
 
@@ -117,7 +125,7 @@ def warnings(measured: Measured) -> list[str]:
     return found
 
 
-def verdict(rows: Sequence[Row], scores: Scores) -> str:
+def verdict(rows: Sequence[Row], scores: Mapping[str, Mapping[str, float]]) -> str:
     """One paragraph in figures: the students beside the teacher at the same step count."""
     reference = rows[0]
     teacher = {row.steps: scores[row.name] for row in rows if row.model == TEACHER}
@@ -169,6 +177,7 @@ def funnel(sources: Sources) -> list[dict[str, Any]]:
 def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
     """The artifacts behind the report, in the order in which they were made."""
     chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents, *sources.students.values()]
+    chain += [] if sources.reference is None else [sources.reference]
     rows = [
         {
             "node": manifest.lineage.node,

@@ -9,7 +9,7 @@ import yaml
 
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Manifest
-from stages.evaluate.summary import METRICS, figure
+from stages.evaluate.summary import figure
 from stages.publish.variants import TEACHER, Description, Variant
 from stages.reports.page import card_environment, plural
 
@@ -24,7 +24,7 @@ def render_card(config: PublishConfig, description: Description, summary: Mappin
             metadata=yaml.safe_dump(_metadata(config, description), sort_keys=False, allow_unicode=True).strip(),
             description=description,
             summary=summary,
-            tables=[_figures(summary, metric, title) for metric, title in METRICS.items()],
+            tables=[_figures(summary, metric, title) for metric, title in summary["metrics"].items()],
             snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
             style_snippets={name: style_snippet(description, name, prompt) for name in description.styles},
             teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
