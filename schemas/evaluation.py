@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from schemas.base import Field, Mistake, Model, NotIdentity
+from schemas.finetune import finetune_named
 from schemas.training import PositiveInt
 
 
@@ -14,9 +15,11 @@ class TransferConfig(Model):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
     """Lower case, digits, dashes."""
     base: Annotated[str | None, NotIdentity] = None
-    """Pipeline folder in diffusers layout, or address of one, of the teacher's architecture. null: the teacher. Identity has its content."""
+    """Pipeline folder in diffusers layout, or address of one, of the teacher's architecture; or `finetune-NAME`, a base that the recipe makes. null:
+    the teacher. Identity has its content."""
     style: Annotated[str | None, NotIdentity] = None
-    """LoRA file or folder in diffusers layout, added to the base's weights. Identity has its content."""
+    """LoRA file or folder in diffusers layout, or `finetune-NAME`, a style that the recipe makes: added to the base's weights. Identity has its
+    content."""
     style_weight: float = 0.8
     """LCM-LoRA, arXiv 2311.05556, 3.3."""
     size_px: tuple[PositiveInt, PositiveInt] | None = None
@@ -26,15 +29,26 @@ class TransferConfig(Model):
         """The name by which the plan and the stage know what lies outside, as in the recipe."""
         return f"transfer.{self.name}.{field}"
 
+    def _changes(self) -> dict[str, str]:
+        return {field: place for field, place in (("base", self.base), ("style", self.style)) if place is not None}
+
     def outside(self) -> dict[str, str]:
         """Addresses of what lies outside, by name."""
-        places = {"base": self.base, "style": self.style}
-        return {self.outside_name(field): place for field, place in places.items() if place is not None}
+        return {self.outside_name(field): place for field, place in self._changes().items() if finetune_named(place) is None}
+
+    def finetuned(self) -> dict[str, str]:
+        """Runs of `finetune` that base and style come from, by field."""
+        return {field: place for field, place in self._changes().items() if finetune_named(place) is not None}
+
+    def identity_fields(self) -> dict[str, Any]:
+        """As of any model, and which runs of `finetune` are read."""
+        return super().identity_fields() | self.finetuned()
 
     def describe(self) -> str:
-        """What is changed, without places."""
-        base = "the teacher" if self.base is None else "another base"
-        style = "" if self.style is None else f" with a style at {self.style_weight:g}"
+        """What is changed: runs by name, and no places."""
+        made = self.finetuned()
+        base = "the teacher" if self.base is None else f"the base {made['base']}" if "base" in made else "another base"
+        style = "" if self.style is None else f" with {made.get('style', 'a style')} at {self.style_weight:g}"
         return base + style + ("" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px")
 
 

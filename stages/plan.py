@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from schemas.base import Model, digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
+from schemas.finetune import finetune_run
 from schemas.recipe import Recipe
 from stages.registry import stage
 
@@ -82,7 +83,7 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
     nodes.append(Node("encode", "encode", recipe.encode, seed, inputs=selected | {"teacher": teacher}))
 
     nodes += [
-        Node(f"finetune-{name}", "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
+        Node(finetune_run(name), "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
         for name, config in recipe.finetune.items()
     ]
 
@@ -98,10 +99,11 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
     if recipe.evaluate is not None:
-        inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
+        read = dict.fromkeys(run for entry in recipe.evaluate.transfer for run in entry.finetuned().values())
+        inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students), "finetuned": tuple(read)}
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:
-        styles = tuple(f"finetune-{name}" for name, config in recipe.finetune.items() if config.network == "lora")
+        styles = tuple(finetune_run(name) for name, config in recipe.finetune.items() if config.network == "lora")
         inputs = {"teacher": teacher, "students": tuple(students), "styles": styles, "evaluation": "evaluate"}
         nodes.append(Node("publish", "publish", recipe.publish, seed, inputs))
     return tuple(nodes)

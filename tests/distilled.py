@@ -16,12 +16,12 @@ from PIL import Image
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import FinetunedLoRA, ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
-from stages.diffusion.facts import inspect
+from schemas.manifest import FinetunedLoRA, ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet
 from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import add_lora, lora_parameters, save_lora
 from stages.diffusion.schedule import lcm_timesteps
 from stages.shards import Sample, ShardWriter
+from stages.teacher import describe
 from tests.tiny_pipelines import Kind, build
 
 CAPTIONS = ("red apple", "the cat", "a house", "red car", "the flag")
@@ -35,17 +35,8 @@ class Chain:
         self.store = store
         self.pipeline = build(kind, seed)
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            self.pipeline.save_pretrained(folder, safe_serialization=True)
-            facts = inspect(folder)
-            content = Teacher(
-                architecture=facts.architecture,
-                prediction_type=facts.prediction_type,  # type: ignore[arg-type]
-                resolution=facts.resolution,
-                weights_digest=digest(["teacher", kind, seed]),
-                parameters=dict(facts.parameters),
-            )
-            self.teacher: Any = self._publish(folder, "teacher", "teacher", content)
+            self.pipeline.save_pretrained(Path(name), safe_serialization=True)
+            self.teacher: Any = self._publish(Path(name), "teacher", "teacher", describe(Path(name)))
         self.images: Any = self._images()
         self.selection: Any = self._selection()
         self.latents: Any = self._latents()
@@ -111,6 +102,10 @@ class Chain:
             save_lora(unet, Path(name))
             _write_metrics(Path(name))
             return self._publish(Path(name), "finetune", "finetune-style", content)
+
+    def finetuned_base(self, folder: Path) -> Any:
+        """The pipeline in a folder as `finetune` publishes one."""
+        return self._publish(folder, "finetune", "finetune-other", describe(folder))
 
     def _images(self) -> Any:
         random = np.random.default_rng(5)

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from infra.outside import local_copy
-from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
-from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
@@ -26,6 +25,7 @@ from stages.evaluate.curves import Curve, read_curves
 from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
+from stages.evaluate.inputs import Inputs
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
 from stages.evaluate.report import GridPictures, render_report
@@ -46,18 +46,6 @@ FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser]], FeatureStatistics]
 
 _DECIMALS: Final = 6
 """Digits of a score after the point: features are float32, so what follows is rounding."""
-
-
-class Inputs(Model):
-    """What is evaluated, and against what."""
-
-    teacher: Manifest[Teacher]
-    latents: Manifest[Latents]
-    """Its captions are the prompts where the recipe names no file."""
-    images: Manifest[ImageShards]
-    selection: Manifest[Selection]
-    """Which of the images are the real ones to compare with."""
-    students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
@@ -83,7 +71,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     rows = rows_of(config, inputs.teacher.content, inputs.students)
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
-    transfers = open_transfers(config, inputs.teacher, inputs.students, rows, workspace)
+    transfers = open_transfers(config, inputs, rows, workspace)
 
     sets = len(rows) + 1 + sum(len(transfer.rows) + 1 for transfer in transfers)
     tick = _ticker(workspace, sets * len(prompts.images))
@@ -188,7 +176,9 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dic
     grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)
     draw_grid(grid.prompts, groups, pictures).save(folder / "grid.png", optimize=True)
 
-    summary = summarise(measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students))
+    summary = summarise(
+        measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students, inputs.finetuned)
+    )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render_report(summary, grid, _curves(inputs, workspace)), encoding="utf-8")
     table = [

@@ -8,7 +8,7 @@ from schemas.evaluation import EvaluateConfig
 from schemas.manifest import ImageShards, Latents, Manifest, Selection, Teacher
 from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.prompts import PromptSet
-from stages.evaluate.rows import TEACHER, Row, StudentManifest
+from stages.evaluate.rows import TEACHER, Finetuned, Row, StudentManifest
 from stages.registry import stage
 from stages.reports.page import plural
 
@@ -46,6 +46,7 @@ class Sources:
     images: Manifest[ImageShards]
     selection: Manifest[Selection]
     students: Mapping[str, StudentManifest]
+    finetuned: Mapping[str, Finetuned]
 
 
 def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
@@ -168,7 +169,8 @@ def funnel(sources: Sources) -> list[dict[str, Any]]:
 
 def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
     """The artifacts behind the report, in the order in which they were made."""
-    chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents, *sources.students.values()]
+    chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents]
+    chain += [*sources.students.values(), *sources.finetuned.values()]
     rows = [
         {
             "node": manifest.lineage.node,

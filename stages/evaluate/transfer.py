@@ -8,12 +8,13 @@ from infra.outside import local_copy
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import Manifest, StudentLoRA, Teacher
+from schemas.manifest import StudentLoRA
 from stages.diffusion.facts import TeacherFacts, inspect
 from stages.diffusion.lora import LORA_FILE, merge_lora
 from stages.diffusion.lora_files import check_fits, find_lora
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.evaluate.rows import Row, StudentManifest
+from stages.evaluate.inputs import Inputs
+from stages.evaluate.rows import Finetuned, Row, StudentManifest
 from stages.evaluate.samples import scheduler_of
 from stages.workspace import Workspace
 
@@ -41,9 +42,7 @@ class Transfer:
         return pipeline
 
 
-def open_transfers(
-    config: EvaluateConfig, teacher: Manifest[Teacher], students: Mapping[str, StudentManifest], rows: Sequence[Row], workspace: Workspace
-) -> tuple[Transfer, ...]:
+def open_transfers(config: EvaluateConfig, inputs: Inputs, rows: Sequence[Row], workspace: Workspace) -> tuple[Transfer, ...]:
     """Find what every entry of `evaluate.transfer` names, and hold it against the teacher and its LoRAs by headers alone.
 
     `rows` are those of the table: what is transferred are its LoRAs. Raises `BadInput` for a base of another architecture, size or prediction
@@ -51,19 +50,20 @@ def open_transfers(
     """
     if not config.transfer:
         return ()
-    own = workspace.fetch(teacher)
-    loras = {node: manifest for node, manifest in students.items() if isinstance(manifest.content, StudentLoRA)}
+    own = workspace.fetch(inputs.teacher)
+    loras = {node: manifest for node, manifest in inputs.students.items() if isinstance(manifest.content, StudentLoRA)}
     if not loras:
         raise BadInput("evaluate.transfer: no student is a LoRA; expected lcm, or a link of lightning that ends in one")
     files = {node: workspace.fetch(manifest, [LORA_FILE]) / LORA_FILE for node, manifest in loras.items()}
     found = []
     for entry in config.transfer:
         field = f"evaluate.transfer.{entry.name}"
-        base = own if entry.base is None else _local(workspace, entry.outside_name("base"))
+        base = _place(entry, "base", inputs.finetuned, workspace) or own
         if entry.base is not None:
             check_base(base, own, f"{field}.base")
         check_size(entry.size_px, inspect(base), f"{field}.size_px")
-        style = None if entry.style is None else find_lora(str(_local(workspace, entry.outside_name("style"))), f"{field}.style")
+        place = _place(entry, "style", inputs.finetuned, workspace)
+        style = None if place is None else find_lora(str(place), f"{field}.style")
         if style is not None:
             check_fits(style, base, f"{field}.style")
         for node, file in files.items():
@@ -86,15 +86,28 @@ def check_base(base: Path, teacher: Path, field: str) -> None:
 def preflight_transfers(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
     """Look at the bases and styles that lie on this machine. Raises `BadInput` for a base that is not supported and a style that is no LoRA."""
     for entry in config.transfer:
-        base, style = (Path(outside.get(entry.outside_name(field), "").removeprefix("file://")) for field in ("base", "style"))
-        if entry.base is not None and base.exists():
+        base, style = (
+            Path(outside[name].removeprefix("file://")) if (name := entry.outside_name(field)) in outside else None
+            for field in ("base", "style")
+        )
+        if base is not None and base.exists():
             inspect(base)
-        if entry.style is not None and style.exists():
+        if style is not None and style.exists():
             find_lora(str(style), f"evaluate.transfer.{entry.name}.style")
 
 
-def _local(workspace: Workspace, name: str) -> Path:
-    return local_copy(workspace.outside[name], workspace.scratch)
+def _place(entry: TransferConfig, field: str, finetuned: Mapping[str, Finetuned], workspace: Workspace) -> Path | None:
+    """A local copy of what the entry's field names; None where it names nothing. Raises `BadInput` for an artifact of the other network."""
+    if getattr(entry, field) is None:
+        return None
+    run = entry.finetuned().get(field)
+    if run is None:
+        return local_copy(workspace.outside[entry.outside_name(field)], workspace.scratch)
+    manifest = finetuned[run]
+    expected = "teacher" if field == "base" else "finetuned_lora"
+    if manifest.kind != expected:  # one given in the place of the plan's own
+        raise BadInput(f"evaluate.transfer.{entry.name}.{field}: {run} is {manifest.kind} {manifest.identity[:12]}; expected a {expected}")
+    return workspace.fetch(manifest)
 
 
 def check_size(size: tuple[int, int] | None, facts: TeacherFacts, field: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from schemas.loading import parse_recipe
@@ -49,10 +50,11 @@ class Elsewhere:
             ),
         )  # fmt: skip
 
-    def run(self, config: EvaluateConfig, identity: str, **students: Any) -> Any:
+    def run(self, config: EvaluateConfig, identity: str, finetuned: Any = None, **students: Any) -> Any:
         outside = {name: place for entry in config.transfer for name, place in entry.outside().items()}
         workspace = make_workspace(self.folder, self.chain.store, identity=identity, outside=outside)
-        return run(config, Inputs.model_validate(self.chain.inputs(**(students or {"lcm": self.lora}))), workspace)
+        inputs = self.chain.inputs(**(students or {"lcm": self.lora})) | {"finetuned": finetuned or {}}
+        return run(config, Inputs.model_validate(inputs), workspace)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,66 @@ def test_what_does_not_fit_is_refused_before_sampling(elsewhere: Elsewhere, tmp_
     config = EvaluateConfig(transfer=(TransferConfig(name="x", style=str(other)),))
     with pytest.raises(BadInput, match=r"evaluate.transfer.x.style .*: a whole network"):
         preflight_transfers(config, config.transfer[0].outside())
+
+
+def finetuned_recipe(elsewhere: Elsewhere, *transfer: dict[str, object]) -> dict[str, object]:
+    entries = {"ink": {}, "other": {"network": "unet"}, "third": {"network": "unet"}}
+    sections = {"finetune": entries, "lcm": {}, "evaluate": {"transfer": list(transfer)}}
+    return {"name": "x", "ingest": {"table": "t.csv"}, "teacher": {"source": str(elsewhere.base)}, **sections}
+
+
+def test_bases_and_styles_of_the_recipes_own_runs(elsewhere: Elsewhere, evaluated: Any) -> None:
+    """The same weights give the same figures, whether they come from a run of `finetune` or lie outside."""
+    chain = elsewhere.chain
+    style, base = chain.style(), chain.finetuned_base(elsewhere.base)
+    entries = (
+        {"name": "other", "base": "finetune-other"},
+        {"name": "ink", "style": "finetune-ink", "style_weight": WEIGHT},
+    )
+    recipe = parse_recipe(finetuned_recipe(elsewhere, *entries))
+    node = make_plan(recipe, digest).node("evaluate")
+    assert node.inputs["finetuned"] == ("finetune-other", "finetune-ink"), "the third is not waited for"
+    assert not any(name.startswith("transfer") for name in node.outside)
+
+    config = elsewhere.config.model_copy(update={"transfer": recipe.evaluate.transfer if recipe.evaluate else ()})
+    found = elsewhere.run(config, "own", finetuned={"finetune-other": base, "finetune-ink": style})
+    for row in ("teacher@8+other", "teacher@4+other", "lcm@4+other", "lcm@2+other"):
+        assert found.content.scores[row] == evaluated.content.scores[row]
+    outside = TransferConfig(name="ink", style=str(chain.store.fetch(style)), style_weight=WEIGHT)
+    again = elsewhere.run(elsewhere.config.model_copy(update={"transfer": (outside,)}), "outside")
+    assert again.content.scores["lcm@4+ink"] == found.content.scores["lcm@4+ink"] != found.content.scores["lcm@4"]
+    report = json.loads((chain.store.fetch(found) / "report.json").read_text())
+    assert [entry["changed"] for entry in report["transfers"]] == ["the base finetune-other", "the teacher with finetune-ink at 0.7"]
+    assert {base.identity, style.identity} < {artifact["identity"] for artifact in report["lineage"]}
+
+    with pytest.raises(BadInput, match=r"evaluate.transfer.other.base: finetune-other is finetuned_lora .*; expected a teacher"):
+        elsewhere.run(config, "given", finetuned={"finetune-other": style, "finetune-ink": style})
+
+
+def test_a_run_in_a_places_stead_is_part_of_the_identity(elsewhere: Elsewhere) -> None:
+    def planned(**entry: object) -> str:
+        recipe = parse_recipe(finetuned_recipe(elsewhere, {"name": "a", **entry}, {"name": "b", "base": "finetune-third"}))
+        return make_plan(recipe, digest).identities["evaluate"]
+
+    assert planned(base="finetune-other") != planned(base="finetune-third") != planned(size_px=[16, 24])
+    preflight_transfers(EvaluateConfig(transfer=(TransferConfig(name="a", base="finetune-other", style="finetune-ink"),)), {})
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (
+            {"base": "finetune-othr"},
+            r"transfer.0.base: found 'finetune-othr'; .* network: unet: .*finetune-other, finetune-third.* \./finetune-",
+        ),
+        ({"base": "finetune-ink"}, r"transfer.0.base: found 'finetune-ink'; .* network: unet"),
+        ({"style": "finetune-other"}, r"transfer.0.style: found 'finetune-other'; .* network: lora: .*\(finetune-ink\)"),
+    ],
+)
+def test_a_run_that_the_recipe_lacks_is_a_mistake(elsewhere: Elsewhere, entry: dict[str, object], expected: str) -> None:
+    with pytest.raises(BadInput, match=expected):
+        parse_recipe(finetuned_recipe(elsewhere, {"name": "a", **entry}))
+    parse_recipe(finetuned_recipe(elsewhere, {"name": "a", "base": "./finetune-othr"}))
 
 
 def test_the_plan_digests_what_lies_outside(elsewhere: Elsewhere, tmp_path: Path) -> None:
