@@ -9,8 +9,8 @@ from schemas.training import PositiveInt
 
 
 class TransferConfig(Model):
-    """An entry of `evaluate.transfer`: another teacher, or pictures of another shape, that the LoRAs are put to, measured against that teacher's own
-    samples."""
+    """An entry of `evaluate.transfer`: another teacher that the LoRAs are put on, or pictures of another shape or begun from others, that every
+    student draws; measured against that teacher's own samples."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
     """Lower case, digits, dashes."""
@@ -24,6 +24,10 @@ class TransferConfig(Model):
     """LCM-LoRA, arXiv 2311.05556, 3.3."""
     size_px: tuple[PositiveInt, PositiveInt] | None = None
     """Height and width of the pictures, such as `[1344, 768]`: another aspect ratio. null: the base's resolution, square."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Image-to-image (SDEdit, arXiv 2108.01073): sampling starts from a noised picture of the encoded set, one of the prompt's caption where there is
+    one, and takes the last `strength` of each grid's steps, rounded down as diffusers does; step counts of which none is left have no row. null: from
+    noise alone."""
 
     def outside_name(self, field: str) -> str:
         """The name by which the plan and the stage know what lies outside, as in the recipe."""
@@ -32,9 +36,13 @@ class TransferConfig(Model):
     def _changes(self) -> dict[str, str]:
         return {field: place for field, place in (("base", self.base), ("style", self.style)) if place is not None}
 
+    def outside_fields(self) -> dict[str, str]:
+        """Addresses of what lies outside, by field."""
+        return {field: place for field, place in self._changes().items() if finetune_named(place) is None}
+
     def outside(self) -> dict[str, str]:
         """Addresses of what lies outside, by name."""
-        return {self.outside_name(field): place for field, place in self._changes().items() if finetune_named(place) is None}
+        return {self.outside_name(field): place for field, place in self.outside_fields().items()}
 
     def finetuned(self) -> dict[str, str]:
         """Runs of `finetune` that base and style come from, by field."""
@@ -49,15 +57,35 @@ class TransferConfig(Model):
         made = self.finetuned()
         base = "the teacher" if self.base is None else f"the base {made['base']}" if "base" in made else "another base"
         style = "" if self.style is None else f" with {made.get('style', 'a style')} at {self.style_weight:g}"
-        return base + style + ("" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px")
+        size = "" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px"
+        return base + style + size + ("" if self.strength is None else f", from pictures at strength {self.strength:g}")
+
+    @property
+    def of_teacher(self) -> bool:
+        """Whether the teacher's weights stay as they are, so that students with weights of their own take part."""
+        return self.base is None and self.style is None
 
 
 def _something_changes(config: TransferConfig) -> Iterator[Mistake]:
-    if config.base is None and config.style is None and config.size_px is None:
-        yield ("base",), None, "an entry without base, style and size_px is the teacher itself: expected one of them at least"
+    if config.of_teacher and config.size_px is None and config.strength is None:
+        yield ("base",), None, "an entry without base, style, size_px and strength is the teacher itself: expected one of them at least"
 
 
-TransferConfig.cross_checks = (_something_changes,)
+def _pictures_are_the_teachers(config: TransferConfig) -> Iterator[Mistake]:
+    if config.strength is None:
+        return
+    if config.size_px is not None:
+        yield (
+            ("size_px",),
+            list(config.size_px),
+            "pictures to start from are of the size they were encoded at: expected null beside strength",
+        )
+    if "base" in config.outside_fields():
+        expected = "pictures to start from are encoded by the teacher's VAE: expected null, or a run of finetune, beside strength"
+        yield ("base",), config.base, expected
+
+
+TransferConfig.cross_checks = (_something_changes, _pictures_are_the_teachers)
 
 
 class EvaluateConfig(Model):

@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
         Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune"),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
-        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=2),
+        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=3),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),
     )
 }

@@ -16,13 +16,15 @@ from PIL import Image
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import FinetunedLoRA, ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet
+from schemas.manifest import FinetunedLoRA, ImageShards, Lineage, Manifest, Selection, StudentLoRA, StudentUNet
 from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import add_lora, lora_parameters, save_lora
+from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.schedule import lcm_timesteps
 from stages.shards import Sample, ShardWriter
 from stages.teacher import describe
 from tests.tiny_pipelines import Kind, build
+from tests.training.artifacts import write_latents
 
 CAPTIONS = ("red apple", "the cat", "a house", "red car", "the flag")
 LCM_GRIDS = {4: (999, 759, 499, 259), 2: (999, 499)}
@@ -134,8 +136,8 @@ class Chain:
 
     def _latents(self) -> Any:
         with tempfile.TemporaryDirectory() as name:
-            pq.write_table(pa.table({"caption": list(CAPTIONS)}), Path(name) / "index.parquet")
-            content = Latents(samples=5, shards=1, latent_shape=(4, 8, 8), text_tokens=12, text_features=40, teacher=self.teacher.identity)
+            pipeline = TeacherPipeline.load(self.store.fetch(self.teacher))
+            content = write_latents(Path(name), pipeline, CAPTIONS, self.teacher.identity)
             return self._publish(Path(name), "encode", "encode", content)
 
     def _publish(self, folder: Path, stage: str, node: str, content: Any, inputs: dict[str, str] | None = None) -> Any:

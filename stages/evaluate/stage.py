@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,7 @@ from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.curves import Curve, read_curves
+from stages.evaluate.encoded_pictures import EncodedPictures
 from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
@@ -85,10 +86,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         return features_of(pictures, extractor(workspace.device), workspace.device)
 
     with workspace.folder("evaluation") as folder:
-        samples = {row.name: folder / "samples" / row.slug for row in rows}
 
         def features(row: Row, of: Sampler, load: Callable[[], Denoiser]) -> FeatureStatistics:
-            target = folder / "samples" / row.slug
+            target = _samples(folder, row)
             sample_row(row, load, of, pieces, target)
             made = _features(row.slug, functools.partial(read_pictures, target), measure, pieces)
             _free(workspace.device)
@@ -113,7 +113,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             real_images=real.images,
             transfers=tuple(summarise_transfers(transfers, elsewhere)),
         )
-        _write_report(folder, measured, inputs, samples, workspace)
+        grids = _draw_grids(folder, measured, transfers)
+        _write_report(folder, measured, inputs, grids, workspace)
         scores = {name: dict(values) for name, values in measured.scores.items()}
         scores |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
         return workspace.publish(folder, Evaluation(scores=scores, prompts=prompts.distinct))
@@ -123,8 +124,12 @@ def _elsewhere(
     transfer: Transfer, features: FeaturesOf, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
 ) -> dict[str, float]:
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
-    pipeline = transfer.load(workspace.device)
-    of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px) for sampler in samplers)
+    pipeline, strength = transfer.load(workspace.device), transfer.config.strength
+    own_sampler = samplers[0]
+    encoded = None
+    if strength is not None:
+        encoded = EncodedPictures.open(inputs, pipeline, own_sampler.prompts, strength, seed=own_sampler.seed, workspace=workspace)
+    of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
     own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser)
     found = {row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in transfer.rows}
     return {name: round(frechet_distance(statistics, own), _DECIMALS) for name, statistics in found.items()}
@@ -168,19 +173,30 @@ def _scores(statistics: Mapping[str, FeatureStatistics], of_teacher: FeatureStat
     }
 
 
-def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dict[str, Path], workspace: Workspace) -> None:
-    config, rows = measured.config, measured.rows
-    shown = [index for number in range(config.grid_prompts) if (index := number * config.images_per_prompt) < len(measured.prompts.images)]
-    groups = grid_groups(rows)
-    pictures = [[first_pictures(samples[row.name], shown) for row in group.rows] for group in groups]
-    grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)
-    draw_grid(grid.prompts, groups, pictures).save(folder / "grid.png", optimize=True)
+def _samples(folder: Path, row: Row) -> Path:
+    return folder / "samples" / row.slug
 
+
+def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer]) -> dict[str, GridPictures]:
+    """Draw the table's pictures, `grid.png`, and those of every changed teacher, `grid-<entry>.png`; return them by entry, the table's as ``."""
+    config, images = measured.config, measured.prompts.images
+    shown = [index for number in range(config.grid_prompts) if (index := number * config.images_per_prompt) < len(images)]
+    grids = {}
+    for name, rows in {"": measured.rows, **{transfer.config.name: transfer.rows for transfer in transfers}}.items():
+        groups = grid_groups(rows)
+        pictures = [[first_pictures(_samples(folder, row), shown) for row in group.rows] for group in groups]
+        grids[name] = GridPictures(tuple(images[index] for index in shown), groups, pictures)
+        draw_grid(grids[name].prompts, groups, pictures).save(folder / ("-".join(filter(None, ("grid", name))) + ".png"), optimize=True)
+    return grids
+
+
+def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mapping[str, GridPictures], workspace: Workspace) -> None:
+    rows = measured.rows
     summary = summarise(
         measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students, inputs.finetuned)
     )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_report(summary, grid, _curves(inputs, workspace)), encoding="utf-8")
+    (folder / "report.html").write_text(render_report(summary, grids[""], grids, _curves(inputs, workspace)), encoding="utf-8")
     table = [
         {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | dict(measured.scores[row.name]) for row in rows
     ]

@@ -1,4 +1,5 @@
-"""Acceleration LoRAs where they were not trained: on other bases, and under a style. Each such teacher is measured against itself."""
+"""Students where they were not trained: LoRAs on other bases and under a style, all at other sizes and from pictures; each such teacher is measured
+against itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from stages.diffusion.facts import TeacherFacts, inspect
 from stages.diffusion.lora import LORA_FILE, merge_lora
 from stages.diffusion.lora_files import check_fits, find_lora
 from stages.diffusion.pipeline import TeacherPipeline
+from stages.diffusion.sampling import steps_left
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.rows import Finetuned, Row, StudentManifest
 from stages.evaluate.samples import scheduler_of
@@ -29,7 +31,7 @@ class Transfer:
     style: Path | None
     """LoRA file."""
     rows: tuple[Row, ...]
-    """The changed teacher at its most steps first, then without and with each LoRA at the LoRA's step counts."""
+    """The changed teacher at its most steps first, then in as many steps as each student that takes part, then those."""
 
     def load(self, device: str) -> TeacherPipeline:
         """The changed teacher: the base, the style added to its UNet's weights."""
@@ -45,15 +47,16 @@ class Transfer:
 def open_transfers(config: EvaluateConfig, inputs: Inputs, rows: Sequence[Row], workspace: Workspace) -> tuple[Transfer, ...]:
     """Find what every entry of `evaluate.transfer` names, and hold it against the teacher and its LoRAs by headers alone.
 
-    `rows` are those of the table: what is transferred are its LoRAs. Raises `BadInput` for a base of another architecture, size or prediction
-    type, a style or student that does not fit it, and where no student is a LoRA.
+    `rows` are those of the table: what is put on another base or under a style are its LoRAs, otherwise all its students. Raises `BadInput` for a
+    base of another architecture, size or prediction type, a style or student that does not fit it, and where no student takes part.
     """
     if not config.transfer:
         return ()
+    changing = [entry.name for entry in config.transfer if not entry.of_teacher]
     own = workspace.fetch(inputs.teacher)
     loras = {node: manifest for node, manifest in inputs.students.items() if isinstance(manifest.content, StudentLoRA)}
-    if not loras:
-        raise BadInput("evaluate.transfer: no student is a LoRA; expected lcm, or a link of lightning that ends in one")
+    if changing and not loras:
+        raise BadInput(f"evaluate.transfer.{changing[0]}: no student is a LoRA; expected lcm, or a link of lightning that ends in one")
     files = {node: workspace.fetch(manifest, [LORA_FILE]) / LORA_FILE for node, manifest in loras.items()}
     found = []
     for entry in config.transfer:
@@ -66,9 +69,12 @@ def open_transfers(config: EvaluateConfig, inputs: Inputs, rows: Sequence[Row], 
         style = None if place is None else find_lora(str(place), f"{field}.style")
         if style is not None:
             check_fits(style, base, f"{field}.style")
-        for node, file in files.items():
+        for node, file in files.items() if not entry.of_teacher else ():
             check_fits(file, base, f"{field}: the student {node}:")
-        transferred = _rows(entry, rows, loras)
+        taking_part = inputs.students if entry.of_teacher else loras
+        transferred = _rows(entry, rows, taking_part)
+        if not any(row.model in taking_part for row in transferred):
+            raise BadInput(f"{field}: no student is there, or none with a step left of its own; expected one")
         for row in transferred:
             scheduler_of(row, inspect(base).scheduler_config)
         found.append(Transfer(entry, base, style, transferred))
@@ -117,10 +123,13 @@ def check_size(size: tuple[int, int] | None, facts: TeacherFacts, field: str) ->
         raise BadInput(f"{field}: {size[0]} x {size[1]}; expected multiples of {downscale}, the VAE's factor")
 
 
-def _rows(entry: TransferConfig, rows: Sequence[Row], loras: Mapping[str, StudentManifest]) -> tuple[Row, ...]:
-    """The reference's row, then for each step count of a LoRA the changed teacher alone and with it."""
+def _rows(entry: TransferConfig, rows: Sequence[Row], students: Mapping[str, StudentManifest]) -> tuple[Row, ...]:
+    """The reference's row, then for each step count of a student the changed teacher alone, then those students."""
     reference = rows[0]
-    accelerated = [row for row in rows if row.model in loras]
+    strength = entry.strength or 1
+    if not steps_left(reference.steps, strength):
+        raise BadInput(f"evaluate.transfer.{entry.name}.strength: {strength:g} of the teacher's {reference.steps} steps leaves none")
+    accelerated = [row for row in rows if row.model in students and steps_left(row.steps, strength)]
     counts = sorted({row.steps for row in accelerated} - {reference.steps}, reverse=True)
     alone = [replace(reference, steps=steps, timesteps=trailing_timesteps(steps)) for steps in counts]
     return tuple(replace(row, on=entry.name) for row in (reference, *alone, *accelerated))
