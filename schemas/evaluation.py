@@ -29,6 +29,12 @@ class TransferConfig(Model):
     one, and takes the last `strength` of each grid's steps, rounded down as diffusers does; step counts of which none is left have no row. null: from
     noise alone."""
 
+    controlnet: Annotated[str | None, NotIdentity] = None
+    """Folder of a ControlNet in diffusers layout, of the teacher's architecture (arXiv 2302.05543): every row is drawn with it, on the edges of
+    pictures of the encoded set, chosen as for `strength`. Identity has its content. null: none."""
+    controlnet_scale: Annotated[float, Field(gt=0)] = 1.0
+    """What the ControlNet's residuals are multiplied by."""
+
     def outside_name(self, field: str) -> str:
         """The name by which the plan and the stage know what lies outside, as in the recipe."""
         return f"transfer.{self.name}.{field}"
@@ -38,7 +44,8 @@ class TransferConfig(Model):
 
     def outside_fields(self) -> dict[str, str]:
         """Addresses of what lies outside, by field."""
-        return {field: place for field, place in self._changes().items() if finetune_named(place) is None}
+        places = {field: place for field, place in self._changes().items() if finetune_named(place) is None}
+        return places if self.controlnet is None else places | {"controlnet": self.controlnet}
 
     def outside(self) -> dict[str, str]:
         """Addresses of what lies outside, by name."""
@@ -58,30 +65,33 @@ class TransferConfig(Model):
         base = "the teacher" if self.base is None else f"the base {made['base']}" if "base" in made else "another base"
         style = "" if self.style is None else f" with {made.get('style', 'a style')} at {self.style_weight:g}"
         size = "" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px"
-        return base + style + size + ("" if self.strength is None else f", from pictures at strength {self.strength:g}")
+        control = "" if self.controlnet is None else f" with a ControlNet at {self.controlnet_scale:g}"
+        return base + style + control + size + ("" if self.strength is None else f", from pictures at strength {self.strength:g}")
 
     @property
     def of_teacher(self) -> bool:
         """Whether the teacher's weights stay as they are, so that students with weights of their own take part."""
         return self.base is None and self.style is None
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether its rows need pictures of the encoded set."""
+        return self.strength is not None or self.controlnet is not None
+
 
 def _something_changes(config: TransferConfig) -> Iterator[Mistake]:
-    if config.of_teacher and config.size_px is None and config.strength is None:
-        yield ("base",), None, "an entry without base, style, size_px and strength is the teacher itself: expected one of them at least"
+    if config.of_teacher and config.size_px is None and not config.reads_pictures:
+        yield ("base",), None, "an entry without base, style, size_px, strength and controlnet is the teacher itself: expected one of them"
 
 
 def _pictures_are_the_teachers(config: TransferConfig) -> Iterator[Mistake]:
-    if config.strength is None:
+    if not config.reads_pictures:
         return
+    beside = "strength" if config.strength is not None else "controlnet"
     if config.size_px is not None:
-        yield (
-            ("size_px",),
-            list(config.size_px),
-            "pictures to start from are of the size they were encoded at: expected null beside strength",
-        )
+        yield ("size_px",), list(config.size_px), f"encoded pictures are of the size they were encoded at: expected null beside {beside}"
     if "base" in config.outside_fields():
-        expected = "pictures to start from are encoded by the teacher's VAE: expected null, or a run of finetune, beside strength"
+        expected = f"encoded pictures are of the teacher's VAE: expected null, or a run of finetune, beside {beside}"
         yield ("base",), config.base, expected
 
 

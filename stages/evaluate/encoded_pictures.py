@@ -1,46 +1,48 @@
-"""Pictures that image-to-image rows start from: one of the encoded set for every image, by its prompt."""
+"""Pictures of the encoded set, one for every image by its prompt: image-to-image rows start from them, a ControlNet's condition is their edges."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from schemas.errors import BadInput
+from stages.diffusion.control import ControlledDenoiser, edges
+from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import ImageStart
-from stages.evaluate.inputs import Inputs
-from stages.evaluate.prompts import PromptSet
 from stages.latents import LatentSet
-from stages.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPictures:
-    """The picture of every image of a row."""
+    """The picture of every image of a row, and what it is for."""
 
+    pipeline: TeacherPipeline
     latents: LatentSet
     chosen: Sequence[int]
     """Sample of the encoded set by image."""
-    strength: float
+    strength: float | None
+    """Of image-to-image; None: sampling starts from noise alone."""
+    controlnet: Any | None
+    """ControlNetModel, conditioned on the pictures' edges."""
+    controlnet_scale: float
 
-    @classmethod
-    def open(
-        cls, inputs: Inputs, pipeline: TeacherPipeline, prompts: PromptSet, strength: float, *, seed: int, workspace: Workspace
-    ) -> Self:
-        """Choose from the encoded set. Raises `BadInput` where its pictures are not of the pipeline's own size."""
-        if inputs.latents.content.latent_shape != pipeline.latent_shape:
-            raise BadInput(
-                f"evaluate.transfer strength: the latents are {inputs.latents.content.latent_shape}; expected the teacher's {pipeline.latent_shape}"
-            )
-        latents = LatentSet(workspace.fetch(inputs.latents), inputs.latents, pipeline.encode_prompts)
-        return cls(latents, choose_pictures(prompts.images, latents.captions.to_pylist(), seed), strength)
+    def start(self, images: Sequence[int]) -> ImageStart | None:
+        """Where these images start; None from noise alone."""
+        return None if self.strength is None else ImageStart(self._of(images), self.strength)
 
-    def start(self, images: Sequence[int], device: torch.device) -> ImageStart:
-        """Where these images start."""
+    def controlled(self, denoiser: Denoiser, images: Sequence[int]) -> Denoiser:
+        """The denoiser with the ControlNet on these images' edges; itself without one."""
+        if self.controlnet is None:
+            return denoiser
+        assert isinstance(denoiser, UNetDenoiser), "teacher and students of a pipeline are"
+        return ControlledDenoiser(denoiser, self.controlnet, edges(self.pipeline.decode(self._of(images))), self.controlnet_scale)
+
+    def _of(self, images: Sequence[int]) -> Tensor:
+        """Latents (B, C, h, w) of the images' pictures."""
         latents, _ = self.latents.samples([self.chosen[image] for image in images])
-        return ImageStart(latents.to(device), self.strength)
+        return latents.to(self.pipeline.device)
 
 
 def choose_pictures(prompts: Sequence[str], captions: Sequence[str], seed: int) -> tuple[int, ...]:

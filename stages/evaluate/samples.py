@@ -49,7 +49,7 @@ class Sampler:
         encoded: EncodedPictures | None = None,
     ) -> None:
         """`tick` hears the number of images as they are done; `size` is their height and width in pixels where it is not the pipeline's own;
-        `encoded` are pictures that sampling starts from in the place of noise alone."""
+        `encoded` are pictures that sampling starts from, or whose edges it follows."""
         self.pipeline, self.prompts, self.seed, self.batch_size, self.tick = pipeline, prompts, seed, batch_size, tick
         self.size, self.encoded = size, encoded
         self._unconditional: Conditioning | None = None
@@ -77,7 +77,11 @@ class Sampler:
         if row.guidance_input:
             conditioning = conditioning.with_guidance(row.guidance_scale - 1)
         guidance_scale = 1.0 if row.guidance_input else row.guidance_scale
-        generators = [image_generator(self.seed, index) for index in range(first, first + conditioning.batch)]
+        images = range(first, first + conditioning.batch)
+        generators = [image_generator(self.seed, index) for index in images]
+        start = None
+        if self.encoded is not None:
+            denoiser, start = self.encoded.controlled(denoiser, images), self.encoded.start(images)
         latents = sample(
             denoiser,
             draw_noise(generators, self.latent_shape, self.pipeline.device),
@@ -87,7 +91,7 @@ class Sampler:
             guidance_scale=guidance_scale,
             unconditional=self._no_text() if guidance_scale > 1 else None,
             generator=generators,
-            start=None if self.encoded is None else self.encoded.start(range(first, first + conditioning.batch), self.pipeline.device),
+            start=start,
         )
         if not torch.isfinite(latents).all():
             raise RunFailed(f"{row.name}: NaN or Inf in the latents of images {first} to {first + conditioning.batch - 1}")

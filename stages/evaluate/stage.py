@@ -22,7 +22,6 @@ from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.curves import Curve, read_curves
-from stages.evaluate.encoded_pictures import EncodedPictures
 from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
@@ -124,11 +123,8 @@ def _elsewhere(
     transfer: Transfer, features: FeaturesOf, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
 ) -> dict[str, float]:
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
-    pipeline, strength = transfer.load(workspace.device), transfer.config.strength
-    own_sampler = samplers[0]
-    encoded = None
-    if strength is not None:
-        encoded = EncodedPictures.open(inputs, pipeline, own_sampler.prompts, strength, seed=own_sampler.seed, workspace=workspace)
+    pipeline = transfer.load(workspace.device)
+    encoded = transfer.pictures(pipeline, samplers[0], inputs, workspace)
     of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
     own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser)
     found = {row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in transfer.rows}

@@ -4,20 +4,23 @@ against itself."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 from infra.outside import local_copy
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from schemas.lightning import trailing_timesteps
 from schemas.manifest import StudentLoRA
-from stages.diffusion.facts import TeacherFacts, inspect
+from stages.diffusion.facts import TeacherFacts, inspect, read_config
 from stages.diffusion.lora import LORA_FILE, merge_lora
 from stages.diffusion.lora_files import check_fits, find_lora
-from stages.diffusion.pipeline import TeacherPipeline
+from stages.diffusion.pipeline import TeacherPipeline, load_controlnet
 from stages.diffusion.sampling import steps_left
+from stages.evaluate.encoded_pictures import EncodedPictures, choose_pictures
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.rows import Finetuned, Row, StudentManifest
-from stages.evaluate.samples import scheduler_of
+from stages.evaluate.samples import Sampler, scheduler_of
+from stages.latents import LatentSet
 from stages.workspace import Workspace
 
 
@@ -30,6 +33,8 @@ class Transfer:
     """Pipeline folder: another base, or the teacher's own."""
     style: Path | None
     """LoRA file."""
+    controlnet: Path | None
+    """Folder of a ControlNet."""
     rows: tuple[Row, ...]
     """The changed teacher at its most steps first, then in as many steps as each student that takes part, then those."""
 
@@ -42,6 +47,21 @@ class Transfer:
             plain.set_adapters(["style"], adapter_weights=[self.config.style_weight])
             merge_lora(pipeline.unet)
         return pipeline
+
+    def pictures(self, pipeline: TeacherPipeline, sampler: Sampler, inputs: Inputs, workspace: Workspace) -> EncodedPictures | None:
+        """Those that its rows start from or whose edges they follow, for the sampler's prompts; None where they need none.
+
+        Raises `BadInput` where the encoded set's are not of the pipeline's own size.
+        """
+        if not self.config.reads_pictures:
+            return None
+        shape = inputs.latents.content.latent_shape
+        if shape != pipeline.latent_shape:
+            raise BadInput(f"evaluate.transfer.{self.config.name}: the latents are {shape}; expected the teacher's {pipeline.latent_shape}")
+        latents = LatentSet(workspace.fetch(inputs.latents), inputs.latents, pipeline.encode_prompts)
+        controlnet = None if self.controlnet is None else load_controlnet(self.controlnet, pipeline.dtype).to(pipeline.device)
+        chosen = choose_pictures(sampler.prompts.images, latents.captions.to_pylist(), sampler.seed)
+        return EncodedPictures(pipeline, latents, chosen, self.config.strength, controlnet, self.config.controlnet_scale)
 
 
 def open_transfers(config: EvaluateConfig, inputs: Inputs, rows: Sequence[Row], workspace: Workspace) -> tuple[Transfer, ...]:
@@ -71,13 +91,16 @@ def open_transfers(config: EvaluateConfig, inputs: Inputs, rows: Sequence[Row], 
             check_fits(style, base, f"{field}.style")
         for node, file in files.items() if not entry.of_teacher else ():
             check_fits(file, base, f"{field}: the student {node}:")
+        controlnet = _place(entry, "controlnet", inputs.finetuned, workspace)
+        if controlnet is not None:
+            check_controlnet(controlnet, base, f"{field}.controlnet")
         taking_part = inputs.students if entry.of_teacher else loras
         transferred = _rows(entry, rows, taking_part)
         if not any(row.model in taking_part for row in transferred):
             raise BadInput(f"{field}: no student is there, or none with a step left of its own; expected one")
         for row in transferred:
             scheduler_of(row, inspect(base).scheduler_config)
-        found.append(Transfer(entry, base, style, transferred))
+        found.append(Transfer(entry, base, style, controlnet, transferred))
     return tuple(found)
 
 
@@ -89,17 +112,46 @@ def check_base(base: Path, teacher: Path, field: str) -> None:
             raise BadInput(f"{field}: its {name} is {getattr(other, name)}; expected the teacher's, {getattr(own, name)}")
 
 
+_OF_CONTROLNET: Final = (
+    "in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
+)  # fmt: skip
+"""Fields of a ControlNet's configuration in which it is its UNet's."""
+
+
+def check_controlnet(folder: Path, base: Path, field: str) -> None:
+    """Raise `BadInput` unless the folder holds a ControlNet of the base's UNet for pictures of its size, by configuration alone."""
+    config, unet, facts = _controlnet_config(folder, field), read_config(base, "unet"), inspect(base)
+    wanted = {name: unet.get(name) for name in _OF_CONTROLNET} | {"conditioning_channels": 3}
+    for name, value in wanted.items():
+        if config.get(name) != value:
+            raise BadInput(f"{field} {folder.name}: its {name} is {config.get(name)!r}; expected {value!r}")
+    factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    if factor != facts.resolution // facts.latent_shape[1]:
+        expected = facts.resolution // facts.latent_shape[1]
+        raise BadInput(f"{field} {folder.name}: takes pictures {factor} times as large as latents; expected {expected}, the VAE's factor")
+
+
+def _controlnet_config(folder: Path, field: str) -> dict[str, Any]:
+    config = read_config(folder.parent, folder.name) if (folder / "config.json").is_file() else {}
+    if config.get("_class_name") != "ControlNetModel":
+        found = config.get("_class_name", "no configuration of a network")
+        raise BadInput(f"{field} {folder.name}: {found}; expected a ControlNetModel in diffusers layout")
+    return config
+
+
 def preflight_transfers(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
     """Look at the bases and styles that lie on this machine. Raises `BadInput` for a base that is not supported and a style that is no LoRA."""
     for entry in config.transfer:
-        base, style = (
+        base, style, controlnet = (
             Path(outside[name].removeprefix("file://")) if (name := entry.outside_name(field)) in outside else None
-            for field in ("base", "style")
+            for field in ("base", "style", "controlnet")
         )
         if base is not None and base.exists():
             inspect(base)
         if style is not None and style.exists():
             find_lora(str(style), f"evaluate.transfer.{entry.name}.style")
+        if controlnet is not None and controlnet.exists():
+            _controlnet_config(controlnet, f"evaluate.transfer.{entry.name}.controlnet")
 
 
 def _place(entry: TransferConfig, field: str, finetuned: Mapping[str, Finetuned], workspace: Workspace) -> Path | None:

@@ -16,6 +16,7 @@ from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from schemas.loading import parse_recipe
+from stages.diffusion.control import edges
 from stages.diffusion.lora import LORA_FILE
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import image_generator, make_scheduler
@@ -29,7 +30,7 @@ from stages.evaluate.transfer import preflight_transfers
 from stages.latents import LatentSet
 from stages.plan import make_plan
 from tests import tiny_pipelines
-from tests.distilled import CAPTIONS, Chain
+from tests.distilled import CAPTIONS, Chain, controlnet_file
 from tests.stages.test_compose import style_file
 from tests.workspaces import make_workspace, open_store
 
@@ -156,6 +157,34 @@ def test_from_pictures_every_student_draws_what_diffusers_draws(elsewhere: Elsew
     assert all(np.array_equal(one, np.asarray(two)) for one, two in zip(ours, theirs, strict=True))
 
 
+def test_a_controlnet_follows_the_edges_of_encoded_pictures(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    chain = elsewhere.chain
+    place = controlnet_file(chain.pipeline.unet, tmp_path / "edges")
+    entry = TransferConfig(name="traced", controlnet=str(place), controlnet_scale=0.7)
+    found = elsewhere.run(elsewhere.config.model_copy(update={"transfer": (entry,)}), "traced", lcm=elsewhere.lora, four=chain.unet(4))
+    assert {row for row in found.content.scores if row.startswith(("lcm", "four")) and "+" in row} == {
+        "lcm@4+traced", "lcm@2+traced", "four@4+traced",
+    }  # fmt: skip
+    folder = chain.store.fetch(found)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["transfers"][0]["changed"] == "the teacher with a ControlNet at 0.7"
+
+    prompts = report["samples"]["examples"]
+    source = chain.store.fetch(chain.teacher)
+    latents, _ = LatentSet(chain.store.fetch(chain.latents), chain.latents).samples([CAPTIONS.index(prompt) for prompt in prompts])
+    condition = edges(TeacherPipeline.load(source).decode(latents))
+    network = diffusers.ControlNetModel.from_pretrained(place)
+    pipeline: Any = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(source, controlnet=network)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE)
+    pipeline.scheduler = make_scheduler("lcm", pipeline.scheduler.config, "epsilon")
+    generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+    arguments = {"num_inference_steps": 4, "guidance_scale": 1.0, "controlnet_conditioning_scale": 0.7}
+    theirs = pipeline(prompts, image=condition, generator=generators, **arguments).images
+    ours = list(read_pictures(folder / "samples/lcm-at-4-on-traced"))
+    assert all(np.array_equal(one, np.asarray(two)) for one, two in zip(ours, theirs, strict=True))
+
+
 def test_a_picture_is_one_of_the_prompts_where_there_is_one() -> None:
     captions = ["a", "b ", "a", "c"]
     assert choose_pictures(["a", "b", "a", "a"], captions, seed=0) == (0, 1, 2, 0)
@@ -179,6 +208,11 @@ def test_what_does_not_fit_is_refused_before_sampling(elsewhere: Elsewhere, tmp_
     refused("evaluate.transfer.x.strength: 0.1 of the teacher's 8 steps leaves none", strength=0.1)
     refused("evaluate.transfer.x: no student is there, or none with a step left", strength=0.2)
     refused("evaluate.transfer.x.size_px: 16 x 25; expected multiples of 2", size_px=(16, 25))
+    sd15 = controlnet_file(tiny_pipelines.build("sd15").unet, tmp_path / "sd15-edges")
+    refused(r"evaluate.transfer.x.controlnet sd15-edges: its cross_attention_dim is 16; expected 40", controlnet=str(sd15))
+    config = EvaluateConfig(transfer=(TransferConfig(name="x", controlnet=str(other / "unet")),))
+    with pytest.raises(BadInput, match=r"evaluate.transfer.x.controlnet unet: UNet2DConditionModel; expected a ControlNetModel"):
+        preflight_transfers(config, config.transfer[0].outside())
     config = EvaluateConfig(transfer=(TransferConfig(name="x", style=str(other)),))
     with pytest.raises(BadInput, match=r"evaluate.transfer.x.style .*: a whole network"):
         preflight_transfers(config, config.transfer[0].outside())
