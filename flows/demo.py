@@ -9,7 +9,7 @@ from typing import Final
 
 from flows.local import Finished, run_here
 from infra.demo.server import serve
-from infra.demo.table import Collection, make_collection, make_small_collection
+from infra.demo.table import Collection, make_collection, make_looks_collection, make_small_collection
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
 
@@ -29,6 +29,7 @@ DEMOS: Final[Mapping[str, Demo]] = {
     "tiny.yaml": Demo(make_collection, FOLDER),
     "tiny-dmd.yaml": Demo(make_collection, FOLDER / "dmd"),
     "tiny-adversarial.yaml": Demo(partial(make_small_collection, count=3000, seed=2), FOLDER / "adversarial"),
+    "tiny-transfer.yaml": Demo(partial(make_looks_collection, count=2000, seed=3), FOLDER / "transfer"),
     "tiny-teacher.yaml": Demo(partial(make_small_collection, count=6000, seed=1), FOLDER / "teacher"),
 }
 """By the recipe's file name."""

@@ -6,47 +6,99 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from schemas.base import Field, Mistake, Model, NotIdentity
+from schemas.finetune import finetune_named
 from schemas.protocols import PATCH_PX, PROTOCOLS, MetricGroup, Protocol
 from schemas.training import PositiveInt
 
 
 class TransferConfig(Model):
-    """An entry of `evaluate.transfer`: another teacher, or pictures of another shape, that the LoRAs are put to, measured against that teacher's own
-    samples."""
+    """An entry of `evaluate.transfer`: another teacher that the LoRAs are put on, or pictures of another shape or begun from others, that every
+    student draws; measured against that teacher's own samples."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
     """Lower case, digits, dashes."""
     base: Annotated[str | None, NotIdentity] = None
-    """Pipeline folder in diffusers layout, or address of one, of the teacher's architecture. null: the teacher. Identity has its content."""
+    """Pipeline folder in diffusers layout, or address of one, of the teacher's architecture; or `finetune-NAME`, a base that the recipe makes. null:
+    the teacher. Identity has its content."""
     style: Annotated[str | None, NotIdentity] = None
-    """LoRA file or folder in diffusers layout, added to the base's weights. Identity has its content."""
+    """LoRA file or folder in diffusers layout, or `finetune-NAME`, a style that the recipe makes: added to the base's weights. Identity has its
+    content."""
     style_weight: float = 0.8
     """LCM-LoRA, arXiv 2311.05556, 3.3."""
     size_px: tuple[PositiveInt, PositiveInt] | None = None
     """Height and width of the pictures, such as `[1344, 768]`: another aspect ratio. null: the base's resolution, square."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Image-to-image (SDEdit, arXiv 2108.01073): sampling starts from a noised picture of the encoded set, one of the prompt's caption where there is
+    one, and takes the last `strength` of each grid's steps, rounded down as diffusers does; step counts of which none is left have no row. null: from
+    noise alone."""
+
+    controlnet: Annotated[str | None, NotIdentity] = None
+    """Folder of a ControlNet in diffusers layout, of the teacher's architecture (arXiv 2302.05543): every row is drawn with it, on the edges of
+    pictures of the encoded set, chosen as for `strength`. Identity has its content. null: none."""
+    controlnet_scale: Annotated[float, Field(gt=0)] = 1.0
+    """What the ControlNet's residuals are multiplied by."""
 
     def outside_name(self, field: str) -> str:
         """The name by which the plan and the stage know what lies outside, as in the recipe."""
         return f"transfer.{self.name}.{field}"
 
+    def _changes(self) -> dict[str, str]:
+        return {field: place for field, place in (("base", self.base), ("style", self.style)) if place is not None}
+
+    def outside_fields(self) -> dict[str, str]:
+        """Addresses of what lies outside, by field."""
+        places = {field: place for field, place in self._changes().items() if finetune_named(place) is None}
+        return places if self.controlnet is None else places | {"controlnet": self.controlnet}
+
     def outside(self) -> dict[str, str]:
         """Addresses of what lies outside, by name."""
-        places = {"base": self.base, "style": self.style}
-        return {self.outside_name(field): place for field, place in places.items() if place is not None}
+        return {self.outside_name(field): place for field, place in self.outside_fields().items()}
+
+    def finetuned(self) -> dict[str, str]:
+        """Runs of `finetune` that base and style come from, by field."""
+        return {field: place for field, place in self._changes().items() if finetune_named(place) is not None}
+
+    def identity_fields(self) -> dict[str, Any]:
+        """As of any model, and which runs of `finetune` are read."""
+        return super().identity_fields() | self.finetuned()
 
     def describe(self) -> str:
-        """What is changed, without places."""
-        base = "the teacher" if self.base is None else "another base"
-        style = "" if self.style is None else f" with a style at {self.style_weight:g}"
-        return base + style + ("" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px")
+        """What is changed: runs by name, and no places."""
+        made = self.finetuned()
+        base = "the teacher" if self.base is None else f"the base {made['base']}" if "base" in made else "another base"
+        style = "" if self.style is None else f" with {made.get('style', 'a style')} at {self.style_weight:g}"
+        size = "" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px"
+        control = "" if self.controlnet is None else f" with a ControlNet at {self.controlnet_scale:g}"
+        return base + style + control + size + ("" if self.strength is None else f", from pictures at strength {self.strength:g}")
+
+    @property
+    def of_teacher(self) -> bool:
+        """Whether the teacher's weights stay as they are, so that students with weights of their own take part."""
+        return self.base is None and self.style is None
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether its rows need pictures of the encoded set."""
+        return self.strength is not None or self.controlnet is not None
 
 
 def _something_changes(config: TransferConfig) -> Iterator[Mistake]:
-    if config.base is None and config.style is None and config.size_px is None:
-        yield ("base",), None, "an entry without base, style and size_px is the teacher itself: expected one of them at least"
+    if config.of_teacher and config.size_px is None and not config.reads_pictures:
+        yield ("base",), None, "an entry without base, style, size_px, strength and controlnet is the teacher itself: expected one of them"
 
 
-TransferConfig.cross_checks = (_something_changes,)
+def _pictures_are_the_teachers(config: TransferConfig) -> Iterator[Mistake]:
+    if not config.reads_pictures:
+        return
+    beside = "strength" if config.strength is not None else "controlnet"
+    if config.size_px is not None:
+        yield ("size_px",), list(config.size_px), f"encoded pictures are of the size they were encoded at: expected null beside {beside}"
+    if "base" in config.outside_fields():
+        expected = f"encoded pictures are of the teacher's VAE: expected null, or a run of finetune, beside {beside}"
+        yield ("base",), config.base, expected
+
+
+TransferConfig.cross_checks = (_something_changes, _pictures_are_the_teachers)
 
 
 class ReferenceConfig(Model):

@@ -7,8 +7,23 @@ from typing import Annotated, Literal
 from schemas.base import Field, Mistake
 from schemas.training import OptimizerConfig, PositiveInt, TrainingConfig
 
-FinetuneName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+_NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"
+FinetuneName = Annotated[str, Field(pattern=_NAME)]
 """Lower case, digits, dashes: `style` is the run `finetune-style`."""
+
+
+_RUN = "finetune-"
+
+
+def finetune_run(name: str) -> str:
+    """What the run of an entry is called in a plan."""
+    return f"{_RUN}{name}"
+
+
+def finetune_named(address: str | None) -> str | None:
+    """The entry of `finetune` that `finetune-NAME` means in the place of an address; None for addresses, such as `./finetune-old`."""
+    name = (address or "").removeprefix(_RUN)
+    return name if name != address and re.fullmatch(_NAME, name) else None
 
 
 class FinetuneConfig(TrainingConfig):

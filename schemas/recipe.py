@@ -9,7 +9,7 @@ from schemas.base import Field, Mistake, Model, NotIdentity, Place
 from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.dmd import DmdConfig
 from schemas.evaluation import EvaluateConfig, PublishConfig
-from schemas.finetune import FinetuneConfig, FinetuneName
+from schemas.finetune import FinetuneConfig, FinetuneName, finetune_named
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
 from schemas.pairs import PairsConfig
@@ -162,6 +162,22 @@ def _dmd_has_its_pairs(recipe: Recipe) -> Iterator[Mistake]:
         yield ("dmd", "guidance_scale"), dmd.guidance_scale, expected
 
 
+_TRANSFERRED = {"base": "unet", "style": "lora"}
+"""What `finetune` must train for each field of `evaluate.transfer`."""
+
+
+def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
+    for number, entry in enumerate(recipe.evaluate.transfer if recipe.evaluate is not None else ()):
+        for field, run in entry.finetuned().items():
+            config = recipe.finetune.get(finetune_named(run) or "")
+            if config is None or config.network != _TRANSFERRED[field]:
+                fitting = [f"finetune-{name}" for name, other in recipe.finetune.items() if other.network == _TRANSFERRED[field]]
+                expected = (
+                    f"names no run of finetune with network: {_TRANSFERRED[field]}: expected one ({', '.join(fitting) or 'there is none'})"
+                )
+                yield ("evaluate", "transfer", number, field), run, f"{expected}, or a path, such as ./{run}"
+
+
 _TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "finetune", "lightning", "lcm", "dmd")
 
 Recipe.cross_checks = (
@@ -178,4 +194,5 @@ Recipe.cross_checks = (
     _dmd_has_its_pairs,
     _published_is_measured,
     _published_is_made,
+    _transfers_are_made,
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from schemas.base import Model, digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
+from schemas.finetune import finetune_run
 from schemas.recipe import Recipe
 from stages.registry import stage
 
@@ -85,7 +86,7 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node("pairs", "pairs", recipe.pairs, seed, inputs={"teacher": teacher, "latents": "encode"}))
 
     nodes += [
-        Node(f"finetune-{name}", "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
+        Node(finetune_run(name), "finetune", config, seed, inputs={"teacher": teacher, "latents": "encode"})
         for name, config in recipe.finetune.items()
     ]
 
@@ -101,20 +102,23 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
     if recipe.dmd is not None:
-        inputs = {"teacher": teacher, "latents": "encode"} | ({"pairs": "pairs"} if recipe.dmd.reads_pairs else {})
+        inputs = {"teacher": teacher, "latents": "encode"}
+        if recipe.dmd.reads_pairs:
+            inputs["pairs"] = "pairs"
         regression = recipe.dmd.regression
         places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
         nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places)))
         students.append("dmd")
     if recipe.evaluate is not None:
-        inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students)}
+        read = dict.fromkeys(run for entry in recipe.evaluate.transfer for run in entry.finetuned().values())
+        inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students), "finetuned": tuple(read)}
         if recipe.evaluate.reference is not None:
             pictures = {"pictures": recipe.evaluate.reference}
             nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=pictures))
             inputs["reference"] = "reference"
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:
-        styles = tuple(f"finetune-{name}" for name, config in recipe.finetune.items() if config.network == "lora")
+        styles = tuple(finetune_run(name) for name, config in recipe.finetune.items() if config.network == "lora")
         inputs = {"teacher": teacher, "students": tuple(students), "styles": styles, "evaluation": "evaluate"}
         nodes.append(Node("publish", "publish", recipe.publish, seed, inputs))
     return tuple(nodes)

@@ -154,14 +154,16 @@ def _inputs(inputs_class: type[Model], node: Node, known: Mapping[str, Manifest]
 
 
 def _lineage(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str, Manifest]) -> Lineage:
-    teachers = [manifest.content for manifest in known.values() if isinstance(manifest.content, Teacher)]
+    # of several teachers that which the stage works for: others are bases that it is measured on
+    source = node.inputs.get("teacher")
+    teacher = known[source].content if isinstance(source, str) else None
     return Lineage(
         stage=node.stage,
         node=node.name,
         revision=stage(node.stage).revision,
         config=node.config.model_dump(mode="json"),
         inputs=dict(plan.input_digests[node.name]),
-        teacher_digest=teachers[0].weights_digest if teachers else None,
+        teacher_digest=teacher.weights_digest if isinstance(teacher, Teacher) else None,
         source_revision=source_revision(),
         libraries=library_versions(),
         host=describe_host(),

@@ -11,18 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import FinetunedLoRA, ImageShards, Latents, Lineage, Manifest, Selection, StudentLoRA, StudentUNet, Teacher
-from stages.diffusion.facts import inspect
+from schemas.manifest import FinetunedLoRA, ImageShards, Lineage, Manifest, Selection, StudentLoRA, StudentUNet
 from stages.diffusion.guidance import add_guidance_input
 from stages.diffusion.lora import add_lora, lora_parameters, save_lora
+from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.schedule import lcm_timesteps
 from stages.shards import Sample, ShardWriter
+from stages.teacher import describe
 from tests.tiny_pipelines import Kind, build
+from tests.training.artifacts import write_latents
 
 CAPTIONS = ("red apple", "the cat", "a house", "red car", "the flag")
 LCM_GRIDS = {4: (999, 759, 499, 259), 2: (999, 499)}
@@ -35,17 +38,8 @@ class Chain:
         self.store = store
         self.pipeline = build(kind, seed)
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            self.pipeline.save_pretrained(folder, safe_serialization=True)
-            facts = inspect(folder)
-            content = Teacher(
-                architecture=facts.architecture,
-                prediction_type=facts.prediction_type,  # type: ignore[arg-type]
-                resolution=facts.resolution,
-                weights_digest=digest(["teacher", kind, seed]),
-                parameters=dict(facts.parameters),
-            )
-            self.teacher: Any = self._publish(folder, "teacher", "teacher", content)
+            self.pipeline.save_pretrained(Path(name), safe_serialization=True)
+            self.teacher: Any = self._publish(Path(name), "teacher", "teacher", describe(Path(name)))
         self.images: Any = self._images()
         self.selection: Any = self._selection()
         self.latents: Any = self._latents()
@@ -121,6 +115,10 @@ class Chain:
             _write_metrics(Path(name))
             return self._publish(Path(name), "finetune", "finetune-style", content)
 
+    def finetuned_base(self, folder: Path) -> Any:
+        """The pipeline in a folder as `finetune` publishes one."""
+        return self._publish(folder, "finetune", "finetune-other", describe(folder))
+
     def _images(self) -> Any:
         random = np.random.default_rng(5)
         with tempfile.TemporaryDirectory() as name:
@@ -148,8 +146,8 @@ class Chain:
 
     def _latents(self) -> Any:
         with tempfile.TemporaryDirectory() as name:
-            pq.write_table(pa.table({"caption": list(CAPTIONS)}), Path(name) / "index.parquet")
-            content = Latents(samples=5, shards=1, latent_shape=(4, 8, 8), text_tokens=12, text_features=40, teacher=self.teacher.identity)
+            pipeline = TeacherPipeline.load(self.store.fetch(self.teacher))
+            content = write_latents(Path(name), pipeline, CAPTIONS, self.teacher.identity)
             return self._publish(Path(name), "encode", "encode", content)
 
     def _publish(self, folder: Path, stage: str, node: str, content: Any, inputs: dict[str, str] | None = None) -> Any:
@@ -157,6 +155,16 @@ class Chain:
         identity = digest([stage, node, content.model_dump(mode="json")])
         manifest: Manifest[Any] = self.store.publish(folder, identity=identity, content=content, lineage=lineage)
         return manifest
+
+
+def controlnet_file(unet: Any, folder: Path, *, change: float = 0.05) -> Path:
+    """A ControlNet of the UNet for pictures of twice its size, as diffusers makes one, every weight moved a little."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        controlnet: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    shake(list(controlnet.parameters()) if change else [], change, seed=6)
+    controlnet.save_pretrained(folder)
+    return folder
 
 
 def shake(parameters: list[torch.nn.Parameter], amount: float, seed: int) -> None:

@@ -7,14 +7,14 @@ claims, blurred copies, low scores, a repeated address, an empty caption. The ae
 import io
 import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from infra.demo.emoji import ImageFormat, captions, render, variant
 
@@ -22,6 +22,9 @@ LARGE: Final = (1088, 1152, 1216, 1280)
 SMALL: Final = (512, 768, 1000)
 TINY: Final = (64, 80, 96, 128)
 """Pixels on a side."""
+LOOKS: Final[Mapping[str, tuple[str, str]]] = {"in sepia": ("#3a1f0a", "#fdf0d0"), "at night": ("#f4e9a0", "#10183c")}
+"""What a caption says of a picture's colours: those that black and white become."""
+_EVERY: Final = 8
 FORMATS: Final[tuple[ImageFormat, ...]] = ("png", "jpg")
 _CLOSED_PORT: Final = 9  # discard: nothing listens there
 _SCHEMA: Final = pa.schema(
@@ -61,6 +64,26 @@ def make_small_collection(folder: Path, *, count: int, seed: int) -> Collection:
         return _good(pictures, [TINY[index % len(TINY)] for index in range(count)], seed)
 
     return _collect(folder, {"count": count, "seed": seed}, rows)
+
+
+def make_looks_collection(folder: Path, *, count: int, seed: int) -> Collection:
+    """As `make_small_collection`, an eighth of the pictures in the colours of each of `LOOKS`, which their captions then name."""
+
+    def rows(pictures: Path) -> Rows:
+        good = _good(pictures, [TINY[index % len(TINY)] for index in range(count)], seed)
+        for number, (look, colours) in enumerate(LOOKS.items()):
+            for row in good[number::_EVERY]:
+                _recolour(pictures / str(row["url"]), *colours)
+                row["caption"] = f"{row['caption']} {look}"
+        return good
+
+    return _collect(folder, {"count": count, "seed": seed, "looks": len(LOOKS)}, rows)
+
+
+def _recolour(path: Path, dark: str, light: str) -> None:
+    """Take a picture's lightness through two colours."""
+    picture = ImageOps.colorize(Image.open(path).convert("L"), dark, light)
+    picture.save(path, quality=95)
 
 
 def _collect(folder: Path, made_of: dict[str, int], rows_of: Callable[[Path], Rows]) -> Collection:

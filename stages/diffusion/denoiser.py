@@ -97,8 +97,9 @@ class UNetDenoiser:
         return unet_output(self.unet, x_t, timesteps, conditioning)
 
 
-def unet_output(unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    """Output (B, C, h, w) of a UNet2DConditionModel, in its type. Raises `ValueError` as `UNetDenoiser` does."""
+def unet_output(unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning, **residuals: Any) -> Tensor:
+    """Output (B, C, h, w) of a UNet2DConditionModel, in its type; `residuals` are a ControlNet's, by the argument's name. Raises `ValueError` as
+    `UNetDenoiser` does."""
     dtype = next(unet.parameters()).dtype  # `unet.dtype` walks through all modules: a tenth of a small network's pass
     output: Tensor = unet(
         x_t.to(dtype),
@@ -106,6 +107,7 @@ def unet_output(unet: Any, x_t: Tensor, timesteps: Tensor, conditioning: Conditi
         timestep_cond=guidance_condition(unet, conditioning, x_t.device, dtype),
         encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
         added_cond_kwargs=added_conditions(unet, conditioning, dtype),
+        **residuals,
         return_dict=False,
     )[0]
     return output

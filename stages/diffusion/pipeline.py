@@ -217,6 +217,11 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return _load(diffusers.UNet2DConditionModel, folder / "unet", dtype)
 
 
+def load_controlnet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The ControlNetModel in a folder, on the CPU, in evaluation mode. Raises `BadInput` for weights that do not fill it."""
+    return _load(diffusers.ControlNetModel, folder, dtype)
+
+
 def _images_at_once(pixels: int) -> int:
     return max(1, _DECODED_PIXELS // pixels)
 

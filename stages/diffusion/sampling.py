@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,6 +80,21 @@ def check_sampler(sampler: str, scheduler_config: Mapping[str, Any], prediction_
         raise BadInput(f"sampler {sampler!r}: cannot take a teacher of prediction_type {prediction_type} ({error})") from error
 
 
+@dataclass(frozen=True, eq=False)
+class ImageStart:
+    """Where image-to-image sampling begins (SDEdit, arXiv 2108.01073): at pictures, noised to a timestep of the grid."""
+
+    latents: Tensor
+    """(B, C, h, w), scaled."""
+    strength: float
+    """Share of the grid's steps that is sampled, in (0, 1]."""
+
+
+def steps_left(steps: int, strength: float) -> int:
+    """How many of a grid's steps image-to-image sampling takes, its last ones: diffusers' rounding, to 0 where the strength is below 1 / steps."""
+    return min(int(steps * strength), steps)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -90,22 +106,30 @@ def sample(
     guidance_scale: float = 1.0,
     unconditional: Conditioning | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    start: ImageStart | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) from `noise` (B, C, h, w) of unit variance in `steps` calls of the denoiser.
 
     `guidance_scale` is Imagen's; above 1 it needs `unconditional`. `generator`, one or one an image, gives the noise an LCM step adds: the same
-    generators handed to a diffusers pipeline, which draws the starting noise from them first, give the same images. `callback(step, latents)` sees
-    the latents after each step.
+    generators handed to a diffusers pipeline, which draws the starting noise from them first, give the same images. With a `start` the first of the
+    steps are left out, as by diffusers' image-to-image pipelines. `callback(step, latents)` sees the latents after each step.
     """
     scheduler.set_timesteps(steps, device=noise.device)
+    first = 0 if start is None else steps - steps_left(steps, start.strength)
+    timesteps = scheduler.timesteps[first:]
+    if start is not None and not len(timesteps):
+        raise BadInput(f"strength {start.strength:g} of {steps} steps leaves none to sample; expected at least {1 / steps:g}")
     begin = getattr(scheduler, "set_begin_index", None)
     if begin is not None:
-        begin(0)
+        begin(first)
     random = list(generator) if isinstance(generator, Sequence) else generator
     extra = {"generator": random} if _takes_generator(scheduler) else {}
-    latents: Tensor = noise * scheduler.init_noise_sigma
-    for step, timestep in enumerate(scheduler.timesteps):
+    if start is None:
+        latents: Tensor = noise * scheduler.init_noise_sigma
+    else:
+        latents = scheduler.add_noise(start.latents, noise, timesteps[:1].expand(len(noise)))
+    for step, timestep in enumerate(timesteps):
         output = guided_output(
             denoiser,
             scheduler.scale_model_input(latents, timestep),

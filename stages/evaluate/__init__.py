@@ -4,6 +4,7 @@ from infra.torchvision_ops import define_missing_ops
 
 define_missing_ops()
 
-from stages.evaluate.stage import Inputs, preflight, run  # noqa: E402
+from stages.evaluate.inputs import Inputs  # noqa: E402
+from stages.evaluate.stage import preflight, run  # noqa: E402
 
 __all__ = ["Inputs", "preflight", "run"]

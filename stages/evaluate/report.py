@@ -30,8 +30,10 @@ class GridPictures:
     """`[group][column][prompt]`, RGB (H, W, 3)."""
 
 
-def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mapping[str, Sequence[Curve]]) -> str:
-    """Return the page. `summary` is what `report.json` holds; `curves` are by student."""
+def render_report(
+    summary: Mapping[str, Any], grid: GridPictures, transferred: Mapping[str, GridPictures], curves: Mapping[str, Sequence[Curve]]
+) -> str:
+    """Return the page. `summary` is what `report.json` holds; `transferred` are by entry of `evaluate.transfer`, `curves` by student."""
     environment = page_environment("stages.evaluate")
     environment.filters |= {"figure": figure}
     families = list(dict.fromkeys(row["family"] for row in summary["rows"]))
@@ -44,7 +46,7 @@ def render_report(summary: Mapping[str, Any], grid: GridPictures, curves: Mappin
         tables=[_table(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         timings=_timings(summary),
-        transfers=[_transfer(entry) for entry in summary.get("transfers", ())],
+        transfers=[_transfer(entry) | {"grid": _grid(transferred[entry["name"]])} for entry in summary.get("transfers", ())],
         tiles=_tiles(summary),
         grid=_grid(grid),
         curves=[(name, _curve(name, lines)) for name, lines in curves.items() if lines],

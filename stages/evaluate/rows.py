@@ -6,9 +6,12 @@ from typing import Self
 
 from schemas.evaluation import EvaluateConfig
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentUNet, Teacher
 
 StudentManifest = Manifest[StudentUNet | StudentLoRA]
+
+Finetuned = Manifest[FinetunedLoRA | Teacher]
+"""What a run of `finetune` made."""
 
 TEACHER = "teacher"
 

@@ -17,6 +17,7 @@ from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import draw_noise, image_generator, sample
+from stages.evaluate.encoded_pictures import EncodedPictures
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import Row
@@ -45,16 +46,19 @@ class Sampler:
         batch_size: int,
         tick: Callable[[int], None],
         size: tuple[int, int] | None = None,
+        encoded: EncodedPictures | None = None,
     ) -> None:
-        """`tick` hears the number of images as they are done; `size` is their height and width in pixels where it is not the pipeline's own."""
+        """`tick` hears the number of images as they are done; `size` is their height and width in pixels where it is not the pipeline's own;
+        `encoded` are pictures that sampling starts from, or whose edges it follows."""
         self.pipeline, self.prompts, self.seed, self.batch_size, self.tick = pipeline, prompts, seed, batch_size, tick
-        self.size = size
+        self.size, self.encoded = size, encoded
         self._unconditional: Conditioning | None = None
         self._encoded: dict[int, Conditioning] = {}
 
-    def on(self, pipeline: TeacherPipeline, size: tuple[int, int] | None) -> "Sampler":
-        """The same prompts and noise for another pipeline; of another size, noise of that shape from the same seeds."""
-        return Sampler(pipeline, self.prompts, seed=self.seed, batch_size=self.batch_size, tick=self.tick, size=size)
+    def on(self, pipeline: TeacherPipeline, size: tuple[int, int] | None, encoded: EncodedPictures | None = None) -> "Sampler":
+        """The same prompts and noise for another pipeline, from pictures; of another size, noise of that shape from the same seeds."""
+        shared: dict[str, Any] = {"seed": self.seed, "batch_size": self.batch_size, "tick": self.tick}
+        return Sampler(pipeline, self.prompts, **shared, size=size, encoded=encoded)
 
     def of_batch(self, batch_size: int) -> "Sampler":
         """The same in batches of another size, unheard by `tick`."""
@@ -77,7 +81,11 @@ class Sampler:
         if row.guidance_input:
             conditioning = conditioning.with_guidance(row.guidance_scale - 1)
         guidance_scale = 1.0 if row.guidance_input else row.guidance_scale
-        generators = [image_generator(self.seed, index) for index in range(first, first + conditioning.batch)]
+        images = range(first, first + conditioning.batch)
+        generators = [image_generator(self.seed, index) for index in images]
+        start = None
+        if self.encoded is not None:
+            denoiser, start = self.encoded.controlled(denoiser, images), self.encoded.start(images)
         latents = sample(
             denoiser,
             draw_noise(generators, self.latent_shape, self.pipeline.device),
@@ -87,6 +95,7 @@ class Sampler:
             guidance_scale=guidance_scale,
             unconditional=self._no_text() if guidance_scale > 1 else None,
             generator=generators,
+            start=start,
         )
         if not torch.isfinite(latents).all():
             raise RunFailed(f"{row.name}: NaN or Inf in the latents of images {first} to {first + conditioning.batch - 1}")

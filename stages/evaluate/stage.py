@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from infra.outside import local_copy
-from schemas.base import Model
 from schemas.evaluation import EvaluateConfig
-from schemas.manifest import Evaluation, ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
@@ -24,6 +23,7 @@ from stages.evaluate.curves import Curve, read_curves
 from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
+from stages.evaluate.inputs import Inputs
 from stages.evaluate.metrics.catalogue import View
 from stages.evaluate.metrics.clip_score import ClipScorer, check_clip, is_wanted
 from stages.evaluate.pieces import Pieces
@@ -44,20 +44,6 @@ from stages.workspace import Workspace
 
 FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser], tuple[View, ...]], Sets]
 """From a row, the sampler of its prompts and noise, what loads its denoiser and what is shown of its samples, to their features."""
-
-
-class Inputs(Model):
-    """What is evaluated, and against what."""
-
-    teacher: Manifest[Teacher]
-    latents: Manifest[Latents]
-    """Its captions are the prompts where the recipe names no file."""
-    images: Manifest[ImageShards]
-    selection: Manifest[Selection]
-    """Which of the images are the real ones to compare with."""
-    students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
-    reference: Manifest[ReferenceSet] | None = None
-    """Real images from elsewhere that take the place of the selection's."""
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
@@ -87,7 +73,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     rows = rows_of(config, inputs.teacher.content, inputs.students)
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
-    transfers = open_transfers(config, inputs.teacher, inputs.students, rows, workspace)
+    transfers = open_transfers(config, inputs, rows, workspace)
 
     sets = len(rows) + 1 + sum(len(transfer.rows) + 1 for transfer in transfers)
     tick = _ticker(workspace, sets * len(prompts.images))
@@ -97,10 +83,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     pieces, looks = Pieces(workspace), config.reference_config()
     viewer, views = Viewer(looks, spec, workspace.device, pieces), views_of(looks)
     with workspace.folder("evaluation") as folder:
-        samples = {row.name: folder / "samples" / row.slug for row in rows}
 
         def features(row: Row, of: Sampler, load: Callable[[], Denoiser], shown: tuple[View, ...]) -> Sets:
-            target = folder / "samples" / row.slug
+            target = _samples(folder, row)
             sample_row(row, load, of, pieces, target)
             made = viewer.look(row.slug, functools.partial(read_pictures, target), shown)
             _free(workspace.device)
@@ -117,7 +102,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         for row in rows:
             load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
             own = features(row, sampler, load, views)
-            clip_scores = None if clip is None else _clip_scores(row.slug, samples[row.name], prompts, clip, pieces)
+            clip_scores = None if clip is None else _clip_scores(row.slug, _samples(folder, row), prompts, clip, pieces)
             scores[row.name] = scoring.score(own, clip_scores)
             if config.timing is not None:
                 timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
@@ -137,7 +122,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             timings=timings,
             transfers=tuple(summarise_transfers(transfers, elsewhere)),
         )
-        _write_report(folder, measured, inputs, samples, workspace)
+        grids = _draw_grids(folder, measured, transfers)
+        _write_report(folder, measured, inputs, grids, workspace)
         values = {name: {metric: score.value for metric, score in found.items()} for name, found in scores.items()}
         values |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
         intervals = {name: {metric: (score.low, score.high) for metric, score in found.items()} for name, found in scores.items()}
@@ -149,7 +135,8 @@ def _elsewhere(
 ) -> dict[str, float]:
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
     pipeline = transfer.load(workspace.device)
-    of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px) for sampler in samplers)
+    encoded = transfer.pictures(pipeline, samplers[0], inputs, workspace)
+    of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
     own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, ("whole",))["whole"].statistics
     found = {
         row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace), ("whole",))["whole"].statistics
@@ -196,19 +183,31 @@ def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, repeats: i
         return Timing(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _write_report(folder: Path, measured: Measured, inputs: Inputs, samples: dict[str, Path], workspace: Workspace) -> None:
-    config, rows = measured.config, measured.rows
-    shown = [index for number in range(config.grid_prompts) if (index := number * config.images_per_prompt) < len(measured.prompts.images)]
-    groups = grid_groups(rows)
-    pictures = [[first_pictures(samples[row.name], shown) for row in group.rows] for group in groups]
-    grid = GridPictures(tuple(measured.prompts.images[index] for index in shown), groups, pictures)
-    draw_grid(grid.prompts, groups, pictures).save(folder / "grid.png", optimize=True)
+def _samples(folder: Path, row: Row) -> Path:
+    return folder / "samples" / row.slug
 
+
+def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer]) -> dict[str, GridPictures]:
+    """Draw the table's pictures, `grid.png`, and those of every changed teacher, `grid-<entry>.png`; return them by entry, the table's as ``."""
+    config, images = measured.config, measured.prompts.images
+    shown = [index for number in range(config.grid_prompts) if (index := number * config.images_per_prompt) < len(images)]
+    grids = {}
+    for name, rows in {"": measured.rows, **{transfer.config.name: transfer.rows for transfer in transfers}}.items():
+        groups = grid_groups(rows)
+        pictures = [[first_pictures(_samples(folder, row), shown) for row in group.rows] for group in groups]
+        grids[name] = GridPictures(tuple(images[index] for index in shown), groups, pictures)
+        draw_grid(grids[name].prompts, groups, pictures).save(folder / ("-".join(filter(None, ("grid", name))) + ".png"), optimize=True)
+    return grids
+
+
+def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mapping[str, GridPictures], workspace: Workspace) -> None:
+    rows = measured.rows
     summary = summarise(
-        measured, Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students, inputs.reference)
+        measured,
+        Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students, inputs.finetuned, inputs.reference),
     )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_report(summary, grid, _curves(inputs, workspace)), encoding="utf-8")
+    (folder / "report.html").write_text(render_report(summary, grids[""], grids, _curves(inputs, workspace)), encoding="utf-8")
     table = [
         {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | _columns(measured.scores[row.name])
         for row in rows

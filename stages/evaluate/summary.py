@@ -9,7 +9,7 @@ from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selec
 from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
-from stages.evaluate.rows import TEACHER, Row, StudentManifest
+from stages.evaluate.rows import TEACHER, Finetuned, Row, StudentManifest
 from stages.evaluate.scoring import Score
 from stages.evaluate.timing import Timing
 from stages.registry import stage
@@ -46,6 +46,7 @@ class Sources:
     images: Manifest[ImageShards]
     selection: Manifest[Selection]
     students: Mapping[str, StudentManifest]
+    finetuned: Mapping[str, Finetuned]
     reference: Manifest[ReferenceSet] | None = None
 
 
@@ -176,7 +177,8 @@ def funnel(sources: Sources) -> list[dict[str, Any]]:
 
 def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
     """The artifacts behind the report, in the order in which they were made."""
-    chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents, *sources.students.values()]
+    chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents]
+    chain += [*sources.students.values(), *sources.finetuned.values()]
     chain += [] if sources.reference is None else [sources.reference]
     rows = [
         {

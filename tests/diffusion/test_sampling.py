@@ -9,10 +9,11 @@ import torch
 
 from schemas.errors import BadInput
 from schemas.lightning import trailing_timesteps
+from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import prediction_type
-from stages.diffusion.sampling import check_sampler, draw_noise, image_generator, make_scheduler, sample, starting_noise
+from stages.diffusion.sampling import ImageStart, check_sampler, draw_noise, image_generator, make_scheduler, sample, starting_noise
 from tests import tiny_pipelines
 
 PROMPTS = ["the red cat", "a dog"]
@@ -64,6 +65,62 @@ def test_a_plain_diffusers_call_gives_equal_bits(
     assert latents.isfinite().all()
     assert torch.equal(latents, plain_call(folder, scheduler, **arguments, output_type="latent"))
     assert torch.equal(teacher.decode(latents), plain_call(folder, scheduler, **arguments, output_type="pt"))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "strength", "visited"),
+    [
+        ("trailing", 4, 0.5, [499, 249]),
+        ("trailing", 8, 0.8, [749, 624, 499, 374, 249, 124]),
+        ("trailing", 4, 1.0, [999, 749, 499, 249]),
+        ("lcm", 4, 0.5, [499, 259]),
+        ("lcm", 2, 0.7, [499]),
+    ],
+)
+def test_image_to_image_is_diffusers_own(folder: Path, sampler: str, steps: int, strength: float, visited: list[int]) -> None:
+    teacher = TeacherPipeline.load(folder)
+    scheduler = make_scheduler(sampler, teacher.scheduler_config, teacher.prediction.name)
+    generators = [image_generator(3, i) for i in range(2)]
+    pictures = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(8))
+    asked: list[int] = []
+
+    class Heard(UNetDenoiser):
+        def __call__(self, x_t: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+            asked.append(int(timesteps[0]))
+            return super().__call__(x_t, timesteps, conditioning)
+
+    ours = sample(
+        Heard(teacher.unet, teacher.schedule, teacher.prediction),
+        draw_noise(generators, teacher.latent_shape),
+        teacher.conditioning(PROMPTS),
+        scheduler=scheduler,
+        steps=steps,
+        guidance_scale=2.0,
+        unconditional=teacher.unconditional().with_time_ids(teacher.time_ids()),
+        generator=generators,
+        start=ImageStart(pictures, strength),
+    )
+    assert asked == visited
+    plain: Any = diffusers.AutoPipelineForImage2Image.from_pipe(diffusers.DiffusionPipeline.from_pretrained(folder))
+    plain.set_progress_bar_config(disable=True)
+    plain.scheduler = make_scheduler(sampler, teacher.scheduler_config, teacher.prediction.name)
+    arguments = {"num_inference_steps": steps, "strength": strength, "guidance_scale": 2.0, "output_type": "latent"}
+    theirs = plain(PROMPTS, image=pictures, generator=[image_generator(3, i) for i in range(2)], **arguments).images
+    assert torch.equal(ours, theirs)
+
+
+def test_a_strength_that_leaves_no_step_is_refused(folder: Path) -> None:
+    teacher = TeacherPipeline.load(folder)
+    noise = torch.zeros(1, *teacher.latent_shape)
+    with pytest.raises(BadInput, match=r"strength 0.2 of 4 steps leaves none to sample; expected at least 0.25"):
+        sample(
+            teacher.denoiser(),
+            noise,
+            teacher.conditioning(PROMPTS[:1]),
+            scheduler=make_scheduler("trailing", teacher.scheduler_config, teacher.prediction.name),
+            steps=4,
+            start=ImageStart(noise, 0.2),
+        )
 
 
 @pytest.mark.parametrize("sampler", ["trailing", "lcm"])

@@ -8,23 +8,29 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from schemas.loading import parse_recipe
+from stages.diffusion.control import edges
 from stages.diffusion.lora import LORA_FILE
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import image_generator, make_scheduler
 from stages.evaluate import Inputs, run
+from stages.evaluate.encoded_pictures import choose_pictures
+from stages.evaluate.grid import thumbnail
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import rows_of
 from stages.evaluate.samples import Sampler, read_pictures
 from stages.evaluate.transfer import preflight_transfers
+from stages.latents import LatentSet
 from stages.plan import make_plan
 from tests import tiny_pipelines
-from tests.distilled import Chain
+from tests.distilled import CAPTIONS, Chain, controlnet_file
 from tests.stages.test_compose import style_file
 from tests.workspaces import make_workspace, open_store
 
@@ -49,10 +55,11 @@ class Elsewhere:
             ),
         )  # fmt: skip
 
-    def run(self, config: EvaluateConfig, identity: str, **students: Any) -> Any:
+    def run(self, config: EvaluateConfig, identity: str, finetuned: Any = None, **students: Any) -> Any:
         outside = {name: place for entry in config.transfer for name, place in entry.outside().items()}
         workspace = make_workspace(self.folder, self.chain.store, identity=identity, outside=outside)
-        return run(config, Inputs.model_validate(self.chain.inputs(**(students or {"lcm": self.lora}))), workspace)
+        inputs = self.chain.inputs(**(students or {"lcm": self.lora})) | {"finetuned": finetuned or {}}
+        return run(config, Inputs.model_validate(inputs), workspace)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,11 @@ def test_every_entry_has_its_teacher_and_its_loras(elsewhere: Elsewhere, evaluat
     ]
     assert len(report["rows"]) == 4, "the table is of the student's own teacher"
     page = (folder / "report.html").read_text()
-    assert "Elsewhere, without training" in page
+    assert "Elsewhere, without training" in page and page.count('<table class="grid">') == 1 + 3
+    for name, shape in (("other", (128, 128)), ("wide", (120, 80))):
+        grid = Image.open(folder / f"grid-{name}.png")
+        (cell,) = {thumbnail(picture).size for picture in read_pictures(folder / f"samples/lcm-at-2-on-{name}")}
+        assert cell == shape and grid.height > 2 * cell[1] and grid.width > 5 * cell[0]
     assert str(elsewhere.folder) not in page + json.dumps(report)
 
 
@@ -122,6 +133,66 @@ def test_another_aspect_ratio_is_diffusers_own(elsewhere: Elsewhere) -> None:
     assert np.array_equal(drawn, np.stack([np.asarray(picture) for picture in theirs]))
 
 
+def test_from_pictures_every_student_draws_what_diffusers_draws(elsewhere: Elsewhere) -> None:
+    chain = elsewhere.chain
+    config = elsewhere.config.model_copy(update={"transfer": (TransferConfig(name="sketch", strength=0.4),)})
+    found = elsewhere.run(config, "pictures", lcm=elsewhere.lora, four=chain.unet(4))
+    rows = {row for row in found.content.scores if row.endswith("+sketch")}
+    assert rows == {"teacher@8+sketch", "teacher@4+sketch", "lcm@4+sketch", "four@4+sketch"}, "of two steps none is left"
+
+    folder = chain.store.fetch(found)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["transfers"][0]["changed"] == "the teacher, from pictures at strength 0.4"
+    prompts = report["samples"]["examples"]
+    pipeline: Any = diffusers.AutoPipelineForImage2Image.from_pretrained(chain.store.fetch(chain.teacher))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE)
+    pipeline.scheduler = make_scheduler("lcm", pipeline.scheduler.config, "epsilon")
+    latents = LatentSet(chain.store.fetch(chain.latents), chain.latents)
+    start, _ = latents.samples([CAPTIONS.index(prompt) for prompt in prompts])
+    generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+    arguments = {"num_inference_steps": 4, "strength": 0.4, "guidance_scale": 1.0}
+    theirs = pipeline(prompts, image=start, generator=generators, **arguments).images
+    ours = list(read_pictures(folder / "samples/lcm-at-4-on-sketch"))
+    assert all(np.array_equal(one, np.asarray(two)) for one, two in zip(ours, theirs, strict=True))
+
+
+def test_a_controlnet_follows_the_edges_of_encoded_pictures(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    chain = elsewhere.chain
+    place = controlnet_file(chain.pipeline.unet, tmp_path / "edges")
+    entry = TransferConfig(name="traced", controlnet=str(place), controlnet_scale=0.7)
+    found = elsewhere.run(elsewhere.config.model_copy(update={"transfer": (entry,)}), "traced", lcm=elsewhere.lora, four=chain.unet(4))
+    assert {row for row in found.content.scores if row.startswith(("lcm", "four")) and "+" in row} == {
+        "lcm@4+traced", "lcm@2+traced", "four@4+traced",
+    }  # fmt: skip
+    folder = chain.store.fetch(found)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["transfers"][0]["changed"] == "the teacher with a ControlNet at 0.7"
+
+    prompts = report["samples"]["examples"]
+    source = chain.store.fetch(chain.teacher)
+    latents, _ = LatentSet(chain.store.fetch(chain.latents), chain.latents).samples([CAPTIONS.index(prompt) for prompt in prompts])
+    condition = edges(TeacherPipeline.load(source).decode(latents))
+    network = diffusers.ControlNetModel.from_pretrained(place)
+    pipeline: Any = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(source, controlnet=network)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE)
+    pipeline.scheduler = make_scheduler("lcm", pipeline.scheduler.config, "epsilon")
+    generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+    arguments = {"num_inference_steps": 4, "guidance_scale": 1.0, "controlnet_conditioning_scale": 0.7}
+    theirs = pipeline(prompts, image=condition, generator=generators, **arguments).images
+    ours = list(read_pictures(folder / "samples/lcm-at-4-on-traced"))
+    assert all(np.array_equal(one, np.asarray(two)) for one, two in zip(ours, theirs, strict=True))
+
+
+def test_a_picture_is_one_of_the_prompts_where_there_is_one() -> None:
+    captions = ["a", "b ", "a", "c"]
+    assert choose_pictures(["a", "b", "a", "a"], captions, seed=0) == (0, 1, 2, 0)
+    others = choose_pictures(["x"] * 200, captions, seed=0)
+    assert set(others) == {0, 1, 2, 3} and others != choose_pictures(["x"] * 200, captions, seed=1)
+    assert choose_pictures(["a", "x", "x"], captions, seed=0)[1:] == others[1:3], "an image's picture is its own"
+
+
 def test_what_does_not_fit_is_refused_before_sampling(elsewhere: Elsewhere, tmp_path: Path) -> None:
     def refused(match: str, students: Any = None, **entry: Any) -> None:
         config = elsewhere.config.model_copy(update={"transfer": (TransferConfig(name="x", **entry),)})
@@ -133,11 +204,78 @@ def test_what_does_not_fit_is_refused_before_sampling(elsewhere: Elsewhere, tmp_
     wide = {name: torch.zeros(3, 99) if "lora_A" in name else tensor for name, tensor in load_file(elsewhere.style).items()}
     save_file(wide, tmp_path / "wide.safetensors")
     refused("evaluate.transfer.x.style wide.safetensors: made for another UNet", style=str(tmp_path / "wide.safetensors"))
-    refused("evaluate.transfer: no student is a LoRA", students={"four": elsewhere.chain.unet(4)}, base=str(elsewhere.base))
+    refused("evaluate.transfer.x: no student is a LoRA", students={"four": elsewhere.chain.unet(4)}, base=str(elsewhere.base))
+    refused("evaluate.transfer.x.strength: 0.1 of the teacher's 8 steps leaves none", strength=0.1)
+    refused("evaluate.transfer.x: no student is there, or none with a step left", strength=0.2)
     refused("evaluate.transfer.x.size_px: 16 x 25; expected multiples of 2", size_px=(16, 25))
+    sd15 = controlnet_file(tiny_pipelines.build("sd15").unet, tmp_path / "sd15-edges")
+    refused(r"evaluate.transfer.x.controlnet sd15-edges: its cross_attention_dim is 16; expected 40", controlnet=str(sd15))
+    config = EvaluateConfig(transfer=(TransferConfig(name="x", controlnet=str(other / "unet")),))
+    with pytest.raises(BadInput, match=r"evaluate.transfer.x.controlnet unet: UNet2DConditionModel; expected a ControlNetModel"):
+        preflight_transfers(config, config.transfer[0].outside())
     config = EvaluateConfig(transfer=(TransferConfig(name="x", style=str(other)),))
     with pytest.raises(BadInput, match=r"evaluate.transfer.x.style .*: a whole network"):
         preflight_transfers(config, config.transfer[0].outside())
+
+
+def finetuned_recipe(elsewhere: Elsewhere, *transfer: dict[str, object]) -> dict[str, object]:
+    entries = {"ink": {}, "other": {"network": "unet"}, "third": {"network": "unet"}}
+    sections = {"finetune": entries, "lcm": {}, "evaluate": {"transfer": list(transfer)}}
+    return {"name": "x", "ingest": {"table": "t.csv"}, "teacher": {"source": str(elsewhere.base)}, **sections}
+
+
+def test_bases_and_styles_of_the_recipes_own_runs(elsewhere: Elsewhere, evaluated: Any) -> None:
+    """The same weights give the same figures, whether they come from a run of `finetune` or lie outside."""
+    chain = elsewhere.chain
+    style, base = chain.style(), chain.finetuned_base(elsewhere.base)
+    entries = (
+        {"name": "other", "base": "finetune-other"},
+        {"name": "ink", "style": "finetune-ink", "style_weight": WEIGHT},
+    )
+    recipe = parse_recipe(finetuned_recipe(elsewhere, *entries))
+    node = make_plan(recipe, digest).node("evaluate")
+    assert node.inputs["finetuned"] == ("finetune-other", "finetune-ink"), "the third is not waited for"
+    assert not any(name.startswith("transfer") for name in node.outside)
+
+    config = elsewhere.config.model_copy(update={"transfer": recipe.evaluate.transfer if recipe.evaluate else ()})
+    found = elsewhere.run(config, "own", finetuned={"finetune-other": base, "finetune-ink": style})
+    for row in ("teacher@8+other", "teacher@4+other", "lcm@4+other", "lcm@2+other"):
+        assert found.content.scores[row] == evaluated.content.scores[row]
+    outside = TransferConfig(name="ink", style=str(chain.store.fetch(style)), style_weight=WEIGHT)
+    again = elsewhere.run(elsewhere.config.model_copy(update={"transfer": (outside,)}), "outside")
+    assert again.content.scores["lcm@4+ink"] == found.content.scores["lcm@4+ink"] != found.content.scores["lcm@4"]
+    report = json.loads((chain.store.fetch(found) / "report.json").read_text())
+    assert [entry["changed"] for entry in report["transfers"]] == ["the base finetune-other", "the teacher with finetune-ink at 0.7"]
+    assert {base.identity, style.identity} < {artifact["identity"] for artifact in report["lineage"]}
+
+    with pytest.raises(BadInput, match=r"evaluate.transfer.other.base: finetune-other is finetuned_lora .*; expected a teacher"):
+        elsewhere.run(config, "given", finetuned={"finetune-other": style, "finetune-ink": style})
+
+
+def test_a_run_in_a_places_stead_is_part_of_the_identity(elsewhere: Elsewhere) -> None:
+    def planned(**entry: object) -> str:
+        recipe = parse_recipe(finetuned_recipe(elsewhere, {"name": "a", **entry}, {"name": "b", "base": "finetune-third"}))
+        return make_plan(recipe, digest).identities["evaluate"]
+
+    assert planned(base="finetune-other") != planned(base="finetune-third") != planned(size_px=[16, 24])
+    preflight_transfers(EvaluateConfig(transfer=(TransferConfig(name="a", base="finetune-other", style="finetune-ink"),)), {})
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (
+            {"base": "finetune-othr"},
+            r"transfer.0.base: found 'finetune-othr'; .* network: unet: .*finetune-other, finetune-third.* \./finetune-",
+        ),
+        ({"base": "finetune-ink"}, r"transfer.0.base: found 'finetune-ink'; .* network: unet"),
+        ({"style": "finetune-other"}, r"transfer.0.style: found 'finetune-other'; .* network: lora: .*\(finetune-ink\)"),
+    ],
+)
+def test_a_run_that_the_recipe_lacks_is_a_mistake(elsewhere: Elsewhere, entry: dict[str, object], expected: str) -> None:
+    with pytest.raises(BadInput, match=expected):
+        parse_recipe(finetuned_recipe(elsewhere, {"name": "a", **entry}))
+    parse_recipe(finetuned_recipe(elsewhere, {"name": "a", "base": "./finetune-othr"}))
 
 
 def test_the_plan_digests_what_lies_outside(elsewhere: Elsewhere, tmp_path: Path) -> None:
@@ -166,5 +304,8 @@ def test_the_plan_digests_what_lies_outside(elsewhere: Elsewhere, tmp_path: Path
 def test_entries_change_something_and_have_names_of_their_own() -> None:
     with pytest.raises(ValidationError, match="is the teacher itself"):
         TransferConfig(name="same")
+    with pytest.raises(ValidationError, match=r"(?s)expected null beside strength.*, or a run of finetune, beside strength"):
+        TransferConfig(name="a", base="path", size_px=(16, 16), strength=0.5)
+    TransferConfig(name="a", base="finetune-b", strength=0.5)
     with pytest.raises(ValidationError, match="expected another"):
         EvaluateConfig(transfer=(TransferConfig(name="a", base="x"), TransferConfig(name="a", style="y")))

@@ -1,5 +1,6 @@
 """A tiny random teacher and an encoded set of it, published on a store in a folder: what the training stages read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,11 +46,16 @@ def make_teacher(folder: Path, kind: tiny_pipelines.Kind | Path) -> Manifest[Tea
 
 def make_latents(folder: Path, teacher: Manifest[Teacher]) -> Manifest[Latents]:
     """Random latents of unit variance, with the teacher's own embeddings of `CAPTIONS`."""
-    pipeline = TeacherPipeline.load(open_store(folder).fetch(teacher))
     target = folder / f"latents-{teacher.identity[:8]}"
     target.mkdir()
-    conditioning, unconditional = pipeline.conditioning(CAPTIONS), pipeline.unconditional()
-    latents = torch.randn(len(CAPTIONS), *pipeline.latent_shape, generator=torch.Generator().manual_seed(11))
+    content = write_latents(target, TeacherPipeline.load(open_store(folder).fetch(teacher)), CAPTIONS, teacher.identity)
+    return open_store(folder).publish(target, identity=digest(["latents", teacher.identity]), content=content, lineage=_lineage())
+
+
+def write_latents(target: Path, pipeline: TeacherPipeline, captions: Sequence[str], teacher: str) -> Latents:
+    """Write an encoded set of random latents into a folder."""
+    conditioning, unconditional = pipeline.conditioning(captions), pipeline.unconditional()
+    latents = torch.randn(len(captions), *pipeline.latent_shape, generator=torch.Generator().manual_seed(11))
     tensors = {"latents": latents, "prompt_embeds": conditioning.prompt_embeds}
     empty = {"prompt_embeds": unconditional.prompt_embeds}
     if conditioning.pooled is not None and unconditional.pooled is not None and conditioning.time_ids is not None:
@@ -57,19 +63,18 @@ def make_latents(folder: Path, teacher: Manifest[Teacher]) -> Manifest[Latents]:
         empty["pooled"] = unconditional.pooled
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "latents-00000.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in empty.items()}, target / "unconditional.safetensors")
-    count = len(CAPTIONS)
+    count = len(captions)
     index = {"shard": ["latents-00000.safetensors"] * count, "row": list(range(count)), "key": [f"{i:08d}" for i in range(count)]}
-    text = {"caption": list(CAPTIONS), "text_shard": index["shard"], "text_row": index["row"]}
+    text = {"caption": list(captions), "text_shard": index["shard"], "text_row": index["row"]}
     pq.write_table(pa.table(index | text), target / "index.parquet")
-    content = Latents(
+    return Latents(
         samples=count,
         shards=1,
         latent_shape=pipeline.latent_shape,
         text_tokens=conditioning.prompt_embeds.shape[1],
         text_features=conditioning.prompt_embeds.shape[2],
-        teacher=teacher.identity,
+        teacher=teacher,
     )
-    return open_store(folder).publish(target, identity=digest(["latents", teacher.identity]), content=content, lineage=_lineage())
 
 
 def _lineage() -> Lineage:
