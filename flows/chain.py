@@ -17,7 +17,7 @@ from schemas.recipe import Recipe
 R = TypeVar("R")
 RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
 STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS."
-DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps."
+DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps. Empty: DISTILL_DEVICE of the machine that runs the flow, or cpu."
 
 
 def described(summary: str, **parameters: str) -> str:
@@ -31,7 +31,7 @@ def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) ->
     return Flow(body, name=name, flow_run_name=run_name, result_serializer="json")
 
 
-def _chain(recipe: Recipe | str, store: str | None = None, device: str = "cpu") -> dict[str, str]:
+def _chain(recipe: Recipe | str, store: str | None = None, device: str | None = None) -> dict[str, str]:
     prepared = prepare(recipe, store, device, progress=stage_progress)
     return {name: manifest.identity for name, manifest in run_chain(prepared).items()}
 

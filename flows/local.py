@@ -22,7 +22,7 @@ class Finished:
     store: ArtifactStore
 
 
-def run_here(recipe: Recipe, store: str | None = None, device: str = "cpu") -> Finished:
+def run_here(recipe: Recipe, store: str | None = None, device: str | None = None) -> Finished:
     """Run a recipe as the flow `distill-chain`; what is finished is skipped, what was interrupted goes on.
 
     The published folder is exported to `publish.destination` also where `publish` was found finished: a destination is no part of the result.

@@ -1,7 +1,7 @@
 """From what a person gave (a recipe, a store, a device) to a plan and its surroundings, refused before any work where it cannot go well."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -45,27 +45,30 @@ def as_recipe(recipe: Recipe | str) -> Recipe:
 def prepare(
     recipe: Recipe | str,
     store: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     *,
     progress: ProgressOf | None = None,
     only: str | None = None,
     inputs: Mapping[str, str] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Prepared:
     """Plan the recipe, open the store, and check everything that can be checked before work begins. Raises `BadInput`.
 
     `only` names the one stage that is meant to run; `inputs` are artifacts to read, by the name of the run whose place they take.
+    Stages of the sections `elsewhere` will run on other machines, whose devices and packages are theirs to check.
     """
     recipe = as_recipe(recipe)
     nodes = nodes_of(recipe)
     target = None if only is None else find_node(nodes, only)
     found = open_store(store)
     given = {_upstream(nodes, target, name): found.resolve(reference).identity for name, reference in (inputs or {}).items()}
-    plan = make_plan(recipe, remembered_digest, given)
-    surroundings = Surroundings(store=found, device=device, tensorboard=Settings.load().tensorboard)
+    plan = make_plan(recipe, remembered_digest, given, target)
+    settings = Settings.load()
+    surroundings = Surroundings(store=found, device=device or settings.device, tensorboard=settings.tensorboard)
     if progress is not None:
         surroundings = replace(surroundings, progress=progress)
     left = tuple(node for node in unfinished(plan, surroundings) if target in (None, node))
-    preflight(left, plan, surroundings)
+    preflight([node for node in left if node.section not in elsewhere], plan, surroundings)
     return Prepared(plan, surroundings, left)
 
 

@@ -16,7 +16,11 @@ from stages.registry import STAGES, Stage
 
 def _flow_of(stage: Stage) -> Flow[..., Json]:
     def run_single(
-        recipe: Recipe | str, store: str | None = None, device: str = "cpu", inputs: dict[str, Sha256] | None = None, run: str | None = None
+        recipe: Recipe | str,
+        store: str | None = None,
+        device: str | None = None,
+        inputs: dict[str, Sha256] | None = None,
+        run: str | None = None,
     ) -> Json:
         prepared = prepare(recipe, store, device, progress=stage_progress, only=run or stage.name, inputs=inputs)
         plan, surroundings = prepared.plan, prepared.surroundings

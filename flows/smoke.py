@@ -12,7 +12,7 @@ from schemas.loading import load_recipe
 from schemas.recipe import Recipe
 
 
-def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device: str = "cpu") -> dict[str, str]:
+def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device: str | None = None) -> dict[str, str]:
     if recipe is not None:
         return _verified(recipe, store, device)
     collection = make_collection(FOLDER.absolute())
@@ -20,7 +20,7 @@ def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device:
         return _verified(load_recipe(PROJECT / "recipes" / "tiny.yaml", [f"ingest.table={collection.table}"]), store, device)
 
 
-def _verified(recipe: Recipe | str, store: str | None, device: str) -> dict[str, str]:
+def _verified(recipe: Recipe | str, store: str | None, device: str | None) -> dict[str, str]:
     prepared = prepare(recipe, store, device, progress=stage_progress)
     manifests = run_chain(prepared)
     damaged = [f"{name}: {problem}" for name, manifest in manifests.items() for problem in prepared.surroundings.store.verify(manifest)]
