@@ -13,6 +13,7 @@ from infra.settings import Settings
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
+from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from stages.plan import Node, Plan, find_node, make_plan, nodes_of
 from stages.preflight import preflight, unfinished
@@ -54,17 +55,26 @@ def prepare(
 ) -> Prepared:
     """Plan the recipe, open the store, and check everything that can be checked before work begins. Raises `BadInput`.
 
-    `only` names the one stage that is meant to run; `inputs` are artifacts to read, by the name of the run whose place they take.
+    `only` names the one stage that is meant to run; `inputs` are artifacts to read (references, or `latest:recipe` for the newest that the same
+    run of another recipe made), by the name of the run whose place they take.
     Stages of the sections `elsewhere` will run on other machines, whose devices and packages are theirs to check.
     """
     recipe = as_recipe(recipe)
     nodes = nodes_of(recipe)
     target = None if only is None else find_node(nodes, only)
     found = open_store(store)
-    given = {_upstream(nodes, target, name): found.resolve(reference).identity for name, reference in (inputs or {}).items()}
+    given: dict[str, str] = {}
+    for name, reference in (inputs or {}).items():
+        upstream = _upstream(nodes, target, name)
+        given[upstream] = _artifact(found, upstream, reference).identity
     plan = make_plan(recipe, remembered_digest, given, target)
     settings = Settings.load()
-    surroundings = Surroundings(store=found, device=device or settings.device, tensorboard=settings.tensorboard)
+    surroundings = Surroundings(
+        store=found,
+        device=device or settings.device,
+        share_devices=settings.share_devices,
+        tensorboard=settings.tensorboard,
+    )
     if progress is not None:
         surroundings = replace(surroundings, progress=progress)
     left = tuple(node for node in unfinished(plan, surroundings) if target in (None, node))
@@ -82,6 +92,13 @@ def _upstream(nodes: Sequence[Node], target: Node | None, name: str) -> str:
         fields = [] if target is None else [field for field, source in target.inputs.items() if isinstance(source, str)]
         raise BadInput(f"input {name!r}: is read by nothing here; expected one of {', '.join(dict.fromkeys([*fields, *names])) or 'none'}")
     return name
+
+
+def _artifact(store: ArtifactStore, node: str, reference: str) -> Manifest:
+    kind, separator, recipe = reference.partition(":")
+    if kind != "latest" or not separator or "/" in recipe:
+        return store.resolve(reference)
+    return store.latest(recipe, node)
 
 
 def remembered_digest(address: str) -> str:

@@ -2,7 +2,8 @@
 
 from flows.chain import DEVICE, STORE, described, make_flow, run_chain
 from flows.demo import FOLDER, PROJECT
-from flows.preparation import prepare
+from flows.preparation import as_recipe, prepare
+from flows.routing import sections_elsewhere
 from flows.run_names import recipe_run_name
 from flows.tasks import stage_progress
 from infra.demo.server import serve
@@ -21,7 +22,8 @@ def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device:
 
 
 def _verified(recipe: Recipe | str, store: str | None, device: str | None) -> dict[str, str]:
-    prepared = prepare(recipe, store, device, progress=stage_progress)
+    recipe = as_recipe(recipe)
+    prepared = prepare(recipe, store, device, progress=stage_progress, elsewhere=sections_elsewhere(recipe))
     manifests = run_chain(prepared)
     damaged = [f"{name}: {problem}" for name, manifest in manifests.items() for problem in prepared.surroundings.store.verify(manifest)]
     if damaged:

@@ -39,7 +39,9 @@ def stage(
     *,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="NAME=ARTIFACT", help="Read this artifact instead of the recipe's; may be repeated."),
+        typer.Option(
+            "--input", metavar="NAME=ARTIFACT", help="Read this artifact (or latest:RECIPE) instead of the recipe's; may be repeated."
+        ),
     ] = None,
     overrides: Overrides = None,
     store: Store = None,
