@@ -10,14 +10,17 @@ from stages.registry import STAGES
 from tests.flows.conftest import ROOT
 
 
-def test_prefect_yaml_says_what_deploy_does() -> None:
-    from prefect.flows import load_flow_from_entrypoint
-
+@pytest.fixture(scope="module")
+def both() -> list[Any]:
     from flows.deployments import deployments
 
-    made = {
-        (item.name, item.entrypoint, item.work_pool_name, tuple(item.tags or ())): item.flow_name for item in deployments(["cpu", "gpu"])
-    }
+    return list(deployments(["gpu", "cpu"]))
+
+
+def test_prefect_yaml_says_what_deploy_does(both: list[Any]) -> None:
+    from prefect.flows import load_flow_from_entrypoint
+
+    made = {(item.name, item.entrypoint, item.work_pool_name, tuple(item.tags or ())): item.flow_name for item in both}
     declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     assert {(item["name"], item["entrypoint"], item["work_pool"]["name"], tuple(item["tags"])) for item in declared} == set(made)
     assert len(declared) == len(made) == 2 + 2 * len(STAGES)
@@ -25,21 +28,17 @@ def test_prefect_yaml_says_what_deploy_does() -> None:
         assert load_flow_from_entrypoint(str(entrypoint)).name == name
 
 
-def test_deployments_carry_form_description_and_revision() -> None:
-    from flows.deployments import deployments
+def test_deployments_carry_form_description_and_revision(both: list[Any]) -> None:
     from infra.provenance import source_revision
 
-    for item in deployments(["cpu", "gpu"]):
+    for item in both:
         assert item.version == source_revision()
         assert item.description and len(item.description) > 40
         assert "Recipe" in item._parameter_openapi_schema.definitions
 
 
-def test_chains_are_in_the_parents_pool_alone() -> None:
-    from flows.deployments import deployments
-
-    assert {item.work_pool_name for item in deployments(["gpu", "cpu"]) if "chain" in (item.tags or ())} == {"cpu"}
-    assert {item.work_pool_name for item in deployments(["cluster"]) if "chain" in (item.tags or ())} == {"cluster"}
+def test_chains_are_in_the_parents_pool_alone(both: list[Any]) -> None:
+    assert {item.work_pool_name for item in both if "chain" in (item.tags or ())} == {"cpu"}
 
 
 @pytest.mark.parametrize("text", ["", "=process", "gpu=slurm", "gpu=process:tpu", "gpu=:cuda:", "gpu=../pools/process"])
@@ -76,3 +75,32 @@ def test_the_process_template_has_the_fields_of_prefects() -> None:
     theirs, (_, ours) = ProcessWorker.get_default_base_job_template(), Pool("cpu").definition()
     assert ours["job_configuration"] == theirs["job_configuration"]
     assert set(ours["variables"]["properties"]) == set(theirs["variables"]["properties"])
+
+
+@pytest.mark.parametrize("text", ["a=process", "a=process:cuda", "a=docker", "a=docker:cuda", "a=kubernetes", "a=kubernetes:cuda"])
+def test_templates_are_valid_and_all_their_placeholders_have_a_variable(text: str) -> None:
+    """No container engine or cluster is here: what can be told without one is that the server takes a template, and what a worker makes of it."""
+    from prefect.utilities.schema_tools.validation import ValidationError, validate
+    from prefect.utilities.templating import apply_values, find_placeholders
+
+    from flows.pools import Pool
+
+    kind, template = Pool.parse(text).definition()
+    assert kind == text.partition("=")[2].partition(":")[0]
+    configuration, schema = template["job_configuration"], template["variables"]
+    fields = schema["properties"]
+    assert {item.name for item in find_placeholders(configuration)} == set(fields)
+    defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
+    validate(defaults, schema, raise_on_error=True)
+    with pytest.raises(ValidationError, match="is not of type"):
+        validate(defaults | {"env": 3}, schema, raise_on_error=True)
+    assert all(field["title"] and field["description"] for field in fields.values())
+    made = apply_values(configuration, defaults | {"name": "a-run", "labels": {"a": "b"}, "command": ["x"]})
+    if kind == "kubernetes":
+        (container,) = made["job_manifest"]["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == (1 if "cuda" in text else 0)
+        assert made["job_manifest"]["metadata"]["generateName"] == "a-run-"
+        assert container["env"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    if kind == "docker":
+        assert bool(made["container_create_kwargs"].get("device_requests")) == ("cuda" in text)
+    assert (made["env"].get("DISTILL_DEVICE") == "cuda") == ("cuda" in text)
