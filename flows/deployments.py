@@ -11,6 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
 from flows.chain import distill_chain
+from flows.lost_runs import TAG, watch_for_lost_runs
 from flows.pools import PARENTS, Pool, create_pool
 from flows.single import SINGLE_STAGES
 from flows.smoke import distill_smoke
@@ -29,7 +30,7 @@ def make_deployment(flow: Flow[..., Any], name: str, pool: str | None = None) ->
         name=name,
         work_pool_name=pool,
         description=flow.description,
-        tags=["distill", kind, *([pool] if pool else [])],
+        tags=["distill", kind, *([pool, TAG] if pool else [])],
         version=source_revision(),
         # by module: a path would be relative to this folder, and the function found there is not the flow
         entrypoint_type=EntrypointType.MODULE_PATH,
@@ -46,7 +47,7 @@ def deployments(pools: Sequence[str]) -> Iterator[RunnerDeployment]:
 
 
 def deploy(pools: Sequence[Pool], limits: Mapping[str, int]) -> list[str]:
-    """Make the pools, the limits and the deployments on the configured server; return the deployments' full names.
+    """Make the pools, the limits, the deployments and the watch over their runs on the configured server; return the deployments' full names.
 
     `limits`: of a pool, the runs it has at a time; of any other name, the stage runs with that tag at a time, over all pools and hosts. Raises
     `BadInput`, and `RunFailed` when the server refuses.
@@ -55,6 +56,7 @@ def deploy(pools: Sequence[Pool], limits: Mapping[str, int]) -> list[str]:
     with get_client(sync_client=True) as client:
         for pool in pools:
             create_pool(client, pool, limits.get(pool.name))
+        watch_for_lost_runs(client)
         for tag, slots in limits.items():
             if tag in names:
                 continue

@@ -12,6 +12,7 @@ from prefect.exceptions import ObjectNotFound
 
 import infra
 from flows.environment import ROOMS
+from flows.lost_runs import HEARTBEAT_SECONDS
 from schemas.errors import BadInput
 
 TEMPLATES: Final = Path(infra.__file__).parent / "pools"
@@ -45,7 +46,11 @@ class Pool:
         content = yaml.safe_load((TEMPLATES / f"{self.template}.yaml").read_text(encoding="utf-8"))
         template: dict[str, Any] = deepcopy(content["base_job_template"])
         fields = template["variables"]["properties"]
-        environment = {"PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(ROOMS), "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore"}
+        environment = {
+            "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(ROOMS),
+            "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        }
         if self.cuda:
             environment["DISTILL_DEVICE"] = "cuda"
             for name, value in content["cuda"].items():

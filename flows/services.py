@@ -23,7 +23,6 @@ from schemas.errors import BadInput, RunFailed
 
 logger = logging.getLogger(__name__)
 
-FOLDER: Final = Path("services")
 _COMMAND: Final = "from flows.cli import main; main()"
 
 

@@ -112,6 +112,7 @@ def run_stage(
         logger.warning("%s: the result Prefect kept is not the artifact on the store; it is read anew", node.name)
         result = task.with_options(refresh_cache=True)(identity, inputs)
         manifest = Manifest.model_validate(result)
+    surroundings.store.note_latest(plan.recipe.name, node.name, manifest.identity)  # also where the task was cached
     return manifest, result
 
 

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli.console import errors, output
-from flows.services import FOLDER, Ask, forget_ended, health, is_up, run_services, stop_services
 from schemas.errors import RunFailed
 
+if TYPE_CHECKING:
+    from flows.services import Ask
+
+FOLDER = Path("services")
 Folder = Annotated[Path, typer.Option("--folder", help="Where data, logs and credentials lie.")]
 
 
@@ -43,6 +46,8 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return once all is healthy, and leave it running.")] = False,
 ) -> None:
     """Start a Prefect server, an object store, and a worker for each pool, with all deployments. Ctrl-C or `services down` stops them."""
+    from flows.services import Ask, run_services
+
     ask = Ask(folder.absolute(), port, database, store, tuple(pool or Ask.pools), slots)
     if detach:
         _start_detached(ask)
@@ -52,6 +57,8 @@ def up(
 
 def status(folder: Folder = FOLDER) -> None:
     """Ask each service whether it works. Exit code 1 when one does not."""
+    from flows.services import health
+
     found = health(folder.absolute())
     for name, healthy in found.items():
         output.print(f"{name}: {'healthy' if healthy else 'does not answer'}")
@@ -62,15 +69,19 @@ def status(folder: Folder = FOLDER) -> None:
 
 def down(folder: Folder = FOLDER) -> None:
     """Stop the services, the workers first; runs save their checkpoints."""
+    from flows.services import stop_services
+
     stop_services(folder.absolute())
     output.print(f"{folder}: stopped")
 
 
-def _tell(ask: Ask) -> None:
+def _tell(ask: "Ask") -> None:
     output.print(f"UI:   {ask.url.removesuffix('/api')}\nlogs: {ask.folder / 'logs'}\nuse:  source {ask.folder / 'environment'}")
 
 
-def _start_detached(ask: Ask) -> None:
+def _start_detached(ask: "Ask") -> None:
+    from flows.services import forget_ended, is_up
+
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
     forget_ended(ask.folder)
     (ask.folder / "logs").mkdir(exist_ok=True)
