@@ -7,6 +7,7 @@ from flows.environment import server_is_configured
 from flows.preparation import prepare
 from flows.server import EmbeddedServer
 from infra.store import ArtifactStore
+from schemas.errors import BadInput
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 
@@ -22,12 +23,18 @@ class Finished:
     store: ArtifactStore
 
 
-def run_here(recipe: Recipe, store: str | None = None, device: str = "cpu") -> Finished:
+def run_here(recipe: Recipe, store: str | None = None, device: str | None = None) -> Finished:
     """Run a recipe as the flow `distill-chain`; what is finished is skipped, what was interrupted goes on.
 
     The published folder is exported to `publish.destination` also where `publish` was found finished: a destination is no part of the result.
     """
-    prepared = prepare(recipe, store, device)  # before Prefect: a mistake is told within seconds, without a failed run to look at
+    if recipe.pools and not server_is_configured():
+        raise BadInput(
+            f"pools: the recipe sends {', '.join(recipe.pools)} to work pools, and PREFECT_API_URL is not set; "
+            "expected the address of a server, or --set pools={} to run all in this process"
+        )
+    # before Prefect: a mistake is told within seconds, without a failed run to look at
+    prepared = prepare(recipe, store, device, elsewhere=recipe.pools)
     opened = prepared.surroundings.store
     identities = prepared.plan.identities
     if prepared.unfinished or server_is_configured():  # else there is neither work nor anybody to show it to

@@ -1,7 +1,7 @@
 """From what a person gave (a recipe, a store, a device) to a plan and its surroundings, refused before any work where it cannot go well."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +13,7 @@ from infra.settings import Settings
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
+from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from stages.plan import Node, Plan, find_node, make_plan, nodes_of
 from stages.preflight import preflight, unfinished
@@ -45,27 +46,39 @@ def as_recipe(recipe: Recipe | str) -> Recipe:
 def prepare(
     recipe: Recipe | str,
     store: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     *,
     progress: ProgressOf | None = None,
     only: str | None = None,
     inputs: Mapping[str, str] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Prepared:
     """Plan the recipe, open the store, and check everything that can be checked before work begins. Raises `BadInput`.
 
-    `only` names the one stage that is meant to run; `inputs` are artifacts to read, by the name of the run whose place they take.
+    `only` names the one stage that is meant to run; `inputs` are artifacts to read (references, or `latest:recipe` for the newest that the same
+    run of another recipe made), by the name of the run whose place they take.
+    Stages of the sections `elsewhere` will run on other machines, whose devices and packages are theirs to check.
     """
     recipe = as_recipe(recipe)
     nodes = nodes_of(recipe)
     target = None if only is None else find_node(nodes, only)
     found = open_store(store)
-    given = {_upstream(nodes, target, name): found.resolve(reference).identity for name, reference in (inputs or {}).items()}
-    plan = make_plan(recipe, remembered_digest, given)
-    surroundings = Surroundings(store=found, device=device, tensorboard=Settings.load().tensorboard)
+    given: dict[str, str] = {}
+    for name, reference in (inputs or {}).items():
+        upstream = _upstream(nodes, target, name)
+        given[upstream] = _artifact(found, upstream, reference).identity
+    plan = make_plan(recipe, remembered_digest, given, target)
+    settings = Settings.load()
+    surroundings = Surroundings(
+        store=found,
+        device=device or settings.device,
+        share_devices=settings.share_devices,
+        tensorboard=settings.tensorboard,
+    )
     if progress is not None:
         surroundings = replace(surroundings, progress=progress)
     left = tuple(node for node in unfinished(plan, surroundings) if target in (None, node))
-    preflight(left, plan, surroundings)
+    preflight([node for node in left if node.section not in elsewhere], plan, surroundings)
     return Prepared(plan, surroundings, left)
 
 
@@ -79,6 +92,13 @@ def _upstream(nodes: Sequence[Node], target: Node | None, name: str) -> str:
         fields = [] if target is None else [field for field, source in target.inputs.items() if isinstance(source, str)]
         raise BadInput(f"input {name!r}: is read by nothing here; expected one of {', '.join(dict.fromkeys([*fields, *names])) or 'none'}")
     return name
+
+
+def _artifact(store: ArtifactStore, node: str, reference: str) -> Manifest:
+    kind, separator, recipe = reference.partition(":")
+    if kind != "latest" or not separator or "/" in recipe:
+        return store.resolve(reference)
+    return store.latest(recipe, node)
 
 
 def remembered_digest(address: str) -> str:

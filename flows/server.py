@@ -49,7 +49,7 @@ class EmbeddedServer:
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - the first thing a command starts
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - the first thing a command starts
             )
         os.environ[environment.API_URL] = self._url
         atexit.register(self.stop)  # before Prefect registers its own: that runs first, and still sends logs
@@ -62,7 +62,7 @@ class EmbeddedServer:
             return
         limit = float(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"])
         end = time.monotonic() + limit
-        while not self._answers():
+        while not answers(f"{self._url}/health"):
             if self._process.poll() is not None:
                 raise RunFailed(f"Prefect's embedded server ended with exit code {self._process.returncode}; try: prefect server start")
             if time.monotonic() > end:
@@ -84,13 +84,6 @@ class EmbeddedServer:
         if os.environ.get(environment.API_URL) == self._url:
             del os.environ[environment.API_URL]
 
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self._url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
 
 def _check_configured() -> None:
     from prefect.client.orchestration import get_client  # noqa: PLC0415 - this module is imported before Prefect
@@ -104,5 +97,15 @@ def _check_configured() -> None:
         )
 
 
-def _die_with_parent() -> None:
+def answers(url: str) -> bool:
+    """Ask whether a server's address answers with success."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process with its parent (Linux). Called in a child before it becomes the program."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,7 +1,10 @@
 """A flow of its own for every single stage, so that each can be started, scheduled and retried alone, with a form of its own."""
 
+from typing import Annotated
+
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
+from pydantic import StringConstraints
 
 from flows.chain import DEVICE, RECIPE, STORE, described, make_flow
 from flows.preparation import prepare
@@ -10,17 +13,32 @@ from flows.run_names import stage_run_name
 from flows.tasks import Json, run_stage, stage_progress
 from flows.texts import manifest_page
 from schemas.base import Sha256
+from schemas.errors import BadInput
 from schemas.recipe import Recipe
 from stages.registry import STAGES, Stage
+
+InputReference = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64}|latest:[a-z0-9][a-z0-9-]{0,62})$")]
+"""An artifact's identity, or the newest of a recipe's stage run."""
 
 
 def _flow_of(stage: Stage) -> Flow[..., Json]:
     def run_single(
-        recipe: Recipe | str, store: str | None = None, device: str = "cpu", inputs: dict[str, Sha256] | None = None, run: str | None = None
+        recipe: Recipe | str,
+        store: str | None = None,
+        device: str | None = None,
+        *,
+        inputs: dict[str, InputReference] | None = None,
+        run: str | None = None,
+        identity: Sha256 | None = None,
     ) -> Json:
         prepared = prepare(recipe, store, device, progress=stage_progress, only=run or stage.name, inputs=inputs)
         plan, surroundings = prepared.plan, prepared.surroundings
         node = plan.node(run or stage.name)
+        if identity not in (None, plan.identities[node.name]):
+            raise BadInput(
+                f"{node.name}: would make the artifact {plan.identities[node.name][:12]} here, expected {str(identity)[:12]}: "
+                "this worker has another version of the code, or other files at the recipe's addresses"
+            )
         manifest, result = run_stage(plan, node, surroundings, {}, result_storage(surroundings.store))
         create_markdown_artifact(manifest_page(manifest, surroundings.store), key=f"{node.name}-result", description=node.stage)
         return result
@@ -30,8 +48,9 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
         recipe=RECIPE,
         store=STORE,
         device=DEVICE,
-        inputs="Artifacts to read, by input or stage run (teacher, latents, lightning-8-4). Those not given are found by identity.",
+        inputs="Artifacts to read, by input or stage run (teacher, latents, lightning-8-4). Identities, or latest:recipe.",
         run="Which run, where the recipe has several of this stage, such as lightning-8-4.",
+        identity="The artifact that the run is to make, and is refused unless it would. Empty: whichever it makes. A chain fills it in.",
     )
     return make_flow(run_single, f"distill-{stage.name}", stage_run_name)
 

@@ -2,7 +2,8 @@
 
 from flows.chain import DEVICE, STORE, described, make_flow, run_chain
 from flows.demo import FOLDER, PROJECT
-from flows.preparation import prepare
+from flows.preparation import as_recipe, prepare
+from flows.routing import sections_elsewhere
 from flows.run_names import recipe_run_name
 from flows.tasks import stage_progress
 from infra.demo.server import serve
@@ -12,7 +13,7 @@ from schemas.loading import load_recipe
 from schemas.recipe import Recipe
 
 
-def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device: str = "cpu") -> dict[str, str]:
+def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device: str | None = None) -> dict[str, str]:
     if recipe is not None:
         return _verified(recipe, store, device)
     collection = make_collection(FOLDER.absolute())
@@ -20,8 +21,9 @@ def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device:
         return _verified(load_recipe(PROJECT / "recipes" / "tiny.yaml", [f"ingest.table={collection.table}"]), store, device)
 
 
-def _verified(recipe: Recipe | str, store: str | None, device: str) -> dict[str, str]:
-    prepared = prepare(recipe, store, device, progress=stage_progress)
+def _verified(recipe: Recipe | str, store: str | None, device: str | None) -> dict[str, str]:
+    recipe = as_recipe(recipe)
+    prepared = prepare(recipe, store, device, progress=stage_progress, elsewhere=sections_elsewhere(recipe))
     manifests = run_chain(prepared)
     damaged = [f"{name}: {problem}" for name, manifest in manifests.items() for problem in prepared.surroundings.store.verify(manifest)]
     if damaged:

@@ -15,10 +15,12 @@ from prefect.filesystems import WritableFileSystem
 from pydantic import ValidationError
 
 from flows.progress import PrefectProgress
+from flows.routing import run_on_pool
 from flows.texts import manifest_page
 from infra.progress import Progress, local_progress
 from schemas.errors import Transient
 from schemas.manifest import Manifest
+from schemas.training import TrainingConfig
 from stages.plan import Node, Plan
 from stages.runner import Surroundings, execute, find_complete
 
@@ -48,22 +50,41 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return isinstance(state.result(raise_on_failure=False), Transient)
 
 
+def stage_tags(node: Node) -> set[str]:
+    """Tags whose limits on the server bound how many stage runs go on at a time, over all pools and hosts.
+
+    A task that waits for another machine has none: it would hold the place that the run it waits for needs.
+    """
+    return {node.stage, "training"} if isinstance(node.config, TrainingConfig) else {node.stage}
+
+
 def identity_key(_context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
     """Cache key and storage key of the result. Stage, revision, configuration, seed and inputs are in the identity; the run is not."""
     return str(parameters["identity"])
 
 
 def run_stage(
-    plan: Plan, node: Node, surroundings: Surroundings, upstream: Mapping[str, Json], storage: Path | WritableFileSystem
+    plan: Plan,
+    node: Node,
+    surroundings: Surroundings,
+    upstream: Mapping[str, Json],
+    storage: Path | WritableFileSystem,
+    *,
+    elsewhere: bool = False,
 ) -> tuple[Manifest, Json]:
     """Run or find one stage as a task. Returns its manifest, and the task's own result, which links later tasks to it on the run's page.
+
+    `elsewhere`: on a worker of the pool that the recipe names for it; the task waits.
 
     Called directly and never submitted: the body runs in the main thread, where SIGTERM reaches it and a checkpoint is saved in the grace period.
     """
     identity = plan.identities[node.name]
 
     def make(identity: str, inputs: dict[str, Json]) -> Json:
-        manifest = execute(plan, node, surroundings, {name: Manifest.model_validate(value) for name, value in inputs.items()})
+        if elsewhere and find_complete(surroundings.store, identity) is None:
+            manifest = run_on_pool(plan, node, surroundings.store)
+        else:
+            manifest = execute(plan, node, surroundings, {name: Manifest.model_validate(value) for name, value in inputs.items()})
         create_markdown_artifact(manifest_page(manifest, surroundings.store), key=node.name, description=f"{node.stage} {identity[:12]}")
         return manifest.model_dump(mode="json")
 
@@ -72,6 +93,7 @@ def run_stage(
         name=node.stage,
         description=f"The stage {node.stage} of the recipe {plan.recipe.name}.",
         task_run_name=title(node),
+        tags=set() if elsewhere else stage_tags(node),
         persist_result=True,
         result_storage=storage,
         result_serializer="json",
@@ -90,6 +112,7 @@ def run_stage(
         logger.warning("%s: the result Prefect kept is not the artifact on the store; it is read anew", node.name)
         result = task.with_options(refresh_cache=True)(identity, inputs)
         manifest = Manifest.model_validate(result)
+    surroundings.store.note_latest(plan.recipe.name, node.name, manifest.identity)  # also where the task was cached
     return manifest, result
 
 

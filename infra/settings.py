@@ -11,12 +11,20 @@ from schemas.errors import BadInput
 
 
 class Settings(BaseSettings):
-    """`DISTILL_STORE_ADDRESS` says where artifacts lie, the other `DISTILL_STORE_*` how to get there, `DISTILL_TENSORBOARD` where figures go."""
+    """`DISTILL_STORE_ADDRESS` says where artifacts lie, the other `DISTILL_STORE_*` how to get there, `DISTILL_TENSORBOARD` where figures go.
+
+    `DISTILL_DEVICE` is the device of this machine, for runs that name none,
+    and `DISTILL_SHARE_DEVICES` lets training stages run beside each other on it.
+    """
 
     model_config = SettingsConfigDict(env_prefix="DISTILL_", frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     store_address: str = "file://./store"
     """`file:///folder`, a plain path, or `s3://bucket/prefix`."""
+    device: str = "cpu"
+    """Where networks run: `cpu`, `cuda`, `cuda:0` or `mps`."""
+    share_devices: bool = False
+    """Whether training stages may run beside others of this machine on one device. Without it they wait for it."""
     tensorboard: Path | None = None
     """Folder for TensorBoard to watch: training stages tell their figures there as they go on."""
     store: StoreSettings = Field(default_factory=StoreSettings)

@@ -16,6 +16,9 @@ from schemas.pairs import PairsConfig
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 from schemas.training import TrainingConfig
 
+PoolName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+"""Lower case, digits, dashes."""
+
 
 class Recipe(Model):
     """One distillation job, from a table of URLs to a published student."""
@@ -41,6 +44,9 @@ class Recipe(Model):
     dmd: DmdConfig | None = None
     evaluate: EvaluateConfig | None = None
     publish: PublishConfig | None = None
+    pools: Annotated[dict[str, PoolName], NotIdentity] = {}
+    """Work pool of Prefect whose workers run a section's stage, by the section's name, such as {lightning: gpu}. Stages of sections that are not
+    named run where the chain runs; without any pool the whole chain runs in one process."""
 
 
 def _one_teacher(recipe: Recipe) -> Iterator[Mistake]:
@@ -178,6 +184,13 @@ def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
                 yield ("evaluate", "transfer", number, field), run, f"{expected}, or a path, such as ./{run}"
 
 
+def _pools_are_of_sections(recipe: Recipe) -> Iterator[Mistake]:
+    sections = [name for name in Recipe.model_fields if name not in ("name", "seed", "pools")]
+    for name, pool in recipe.pools.items():
+        if name not in sections:
+            yield ("pools", name), pool, f"is no stage's section: expected one of {', '.join(sections)}"
+
+
 _TRAINING = ("train_teacher.autoencoder.training", "train_teacher.training", "finetune", "lightning", "lcm", "dmd")
 
 Recipe.cross_checks = (
@@ -195,4 +208,5 @@ Recipe.cross_checks = (
     _published_is_measured,
     _published_is_made,
     _transfers_are_made,
+    _pools_are_of_sections,
 )

@@ -27,6 +27,11 @@ class Node:
     outside: Mapping[str, str] = field(default_factory=dict)
     """Addresses of what lies outside the store (the URL table, the teacher's folder), by name; their content digests are part of the identity."""
 
+    @property
+    def section(self) -> str:
+        """Name of its section in the recipe."""
+        return self.stage.replace("-", "_")
+
     def upstream(self) -> tuple[str, ...]:
         """Names of the nodes it reads, in order."""
         return tuple(name for source in self.inputs.values() for name in ((source,) if isinstance(source, str) else source))
@@ -34,7 +39,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stage runs of a recipe in an order in which each comes after what it reads, with their identities."""
+    """The stage runs of a recipe, or those that one of them needs, in an order in which each comes after what it reads, with their identities."""
 
     recipe: Recipe
     nodes: tuple[Node, ...]
@@ -135,14 +140,16 @@ def _outside(**addresses: str | None) -> dict[str, str]:
     return {name: address for name, address in addresses.items() if address is not None}
 
 
-def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mapping[str, str] | None = None) -> Plan:
-    """Give every stage run its identity.
+def make_plan(
+    recipe: Recipe, outside_digest: Callable[[str], str], given: Mapping[str, str] | None = None, target: Node | None = None
+) -> Plan:
+    """Give every stage run its identity; with a `target`, only that one and those it follows from, so that nothing else need be readable here.
 
     `given` names artifacts by identity that take the place of what the named runs would make. `outside_digest` returns the content digest of an
     outside address (`infra.outside.content_digest`). An identity is the digest of (stage name, stage revision, the configuration's identity
     fields, seed, digests of the inputs): equal identity, equal artifact. Raises `BadInput` that names everything outside that cannot be read.
     """
-    nodes = nodes_of(recipe)
+    nodes = nodes_of(recipe) if target is None else _followed(nodes_of(recipe), target, given or {})
     outside = _outside_digests([node for node in nodes if node.name not in (given or {})], outside_digest)
     identities: dict[str, str] = {}
     inputs: dict[str, dict[str, str]] = {}
@@ -159,6 +166,15 @@ def make_plan(recipe: Recipe, outside_digest: Callable[[str], str], given: Mappi
         inputs[node.name] = digests
         identities[node.name] = identity_of(node, digests)
     return Plan(recipe, nodes, identities, inputs)
+
+
+def _followed(nodes: Sequence[Node], target: Node, given: Mapping[str, str]) -> tuple[Node, ...]:
+    """Return `target` and the nodes that it reads, directly or through others, up to given ones."""
+    wanted = {target.name}
+    for node in reversed(nodes):  # each comes after what it reads
+        if node.name in wanted and node.name not in given:
+            wanted.update(node.upstream())
+    return tuple(node for node in nodes if node.name in wanted)
 
 
 def _outside_digests(nodes: Sequence[Node], outside_digest: Callable[[str], str]) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from infra.devices import exclusive, occupied_devices
 from infra.progress import NullProgress, Progress
 from infra.provenance import describe_host, library_versions, source_revision
 from infra.store import ArtifactStore
@@ -32,6 +33,8 @@ class Surroundings:
 
     store: ArtifactStore
     device: str = "cpu"
+    share_devices: bool = False
+    """Whether training may use a device that another training of this machine is on; else it waits."""
     scratch: Path | None = None
     """Parent of the scratch folders. None: the system's temporary folder."""
     tensorboard: Path | None = None
@@ -45,13 +48,19 @@ def execute(plan: Plan, node: Node, surroundings: Surroundings, inputs: Mapping[
     `inputs` are manifests of upstream nodes by node name; those not given are found on the store by identity. Raises `RunFailed` when an input does
     not exist, and whatever the stage raises. A process killed at any moment leaves a state from which the same call goes on.
     """
+    manifest = _found_or_made(plan, node, surroundings, inputs or {})
+    surroundings.store.note_latest(plan.recipe.name, node.name, manifest.identity)
+    return manifest
+
+
+def _found_or_made(plan: Plan, node: Node, surroundings: Surroundings, inputs: Mapping[str, Manifest]) -> Manifest:
     identity = plan.identities[node.name]
     store = surroundings.store
     found = find_complete(store, identity)
     if found is not None:
         logger.info("%s: found %s", node.name, identity[:12])
         return found
-    known = dict(inputs or {})
+    known = dict(inputs)
     for name in node.upstream():
         known[name] = known.get(name) or _required(store, plan, name, node)
     with store.lease(identity) as lease:
@@ -94,11 +103,13 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
     kind = stage(node.stage)
     run, inputs_class = kind.load()
     inputs = _inputs(inputs_class, node, known)
+    processes = _processes(node, surroundings)
+    trains = isinstance(node.config, TrainingConfig) and not surroundings.share_devices
     scratch = Path(tempfile.mkdtemp(prefix=f"distill-{node.name}-", dir=surroundings.scratch))
-    started = time.monotonic()
-    logger.info("%s: started %s", node.name, plan.identities[node.name][:12])
     try:
-        with surroundings.progress(node) as progress:
+        with exclusive(occupied_devices(surroundings.device, processes) if trains else ()), surroundings.progress(node) as progress:
+            started = time.monotonic()
+            logger.info("%s: started %s", node.name, plan.identities[node.name][:12])
             workspace = Workspace(
                 store=surroundings.store,
                 identity=plan.identities[node.name],
@@ -111,7 +122,6 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 tensorboard=surroundings.tensorboard,
                 started=started,
             )
-            processes = _processes(node, surroundings)
             manifest = run(node.config, inputs, workspace) if processes == 1 else _together(node, inputs, workspace, processes)
     except Exception as error:
         if not is_disk_full(error):

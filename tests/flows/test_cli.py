@@ -61,6 +61,23 @@ def test_one_stage_after_the_other_without_prefect(chain: ToyChain, capsys: pyte
     assert chain.runs() == []
 
 
+def test_the_newest_artifact_of_another_recipe_is_an_input(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = chain.recipe_file()
+    for threshold in ("0.2", "0.3"):
+        for name in ("ingest", "measure", "select"):
+            assert distill("stage", name, recipe, "--set", f"select.min_sharpness={threshold}") == 0
+    (selection,) = [found for found in chain.store.manifests() if found.lineage.config.get("min_sharpness") == 0.3]
+    other = ("--set", "name=other", "--set", "seed=7")
+    assert distill("stage", "teacher", recipe, *other) == 0
+    assert distill("stage", "ingest", recipe, *other) == 0
+    capsys.readouterr()
+    assert distill("stage", "encode", recipe, *other, "--input", "selection=latest:toy") == 0
+    (latents,) = [found for found in chain.store.manifests() if found.kind == "latents"]
+    assert latents.lineage.inputs["selection"] == selection.identity
+    assert distill("stage", "encode", recipe, *other, "--input", "selection=latest:moon") == 2
+    assert "latest:moon: no artifact of its stage run select is in" in capsys.readouterr().err
+
+
 def test_plan_says_what_encode_takes_on_disk(chain: ToyChain, capsys: pytest.CaptureFixture[str]) -> None:
     def cost() -> dict[str, object]:
         capsys.readouterr()

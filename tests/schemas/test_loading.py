@@ -217,6 +217,25 @@ def test_unets_go_on_from_the_link_before_where_the_recipe_keeps_them_apart_from
     assert starts("link") == loras | {"lightning-32-8-unet": None, "lightning-8-4-unet": "lightning-32-8-unet"}
 
 
+def test_pools_are_named_by_section_and_travel_as_json_without_changing_any_identity() -> None:
+    from stages.plan import make_plan
+
+    (line,) = mistakes_of(GOOD, "pools={lightnin: gpu}")
+    assert line.startswith(
+        "pools.lightnin (--set): found 'gpu'; is no stage's section: expected one of ingest, measure, select, encode, teacher"
+    )
+    assert mistakes_of(GOOD, "pools.lightning=s3://x")[0].startswith(
+        "pools.lightning (--set): found 's3://x'; expected: string should match"
+    )
+    for path in SHIPPED:
+        recipe = load_recipe(path)
+        sections = [name for name in ("encode", "lightning", "train_teacher") if getattr(recipe, name) is not None]
+        pooled = load_recipe(path, [f"pools.{name}=gpu" for name in sections])
+        travelled = Recipe.model_validate(json.loads(json.dumps(pooled.model_dump(mode="json"))))
+        assert travelled == pooled and travelled.pools == dict.fromkeys(sections, "gpu")
+        assert make_plan(travelled, str).identities == make_plan(recipe, str).identities
+
+
 def test_the_papers_optimisers_are_the_defaults() -> None:
     """SDXL-Lightning 3.6; the conversion, which is a squared error, as the links with one."""
     for run in LightningConfig.model_validate({"adversarial": {}}).runs():

@@ -1,6 +1,7 @@
 """A chain of five small real stages in the places of ingest, measure, select, teacher and encode: the orchestration's tests need no networks.
 
-What the stages should do beside their work is read from the folder `TOY_FOLDER`: `<stage>.fail` holds the name of an error and how often to raise it.
+What the stages should do beside their work is read from the folder `TOY_FOLDER`: `<stage>.fail` holds the name of an error and how often to raise it,
+`encode.seconds` the time that a step of encode takes, in the place of `TOY_SECONDS`.
 Every run of a body adds a line to `runs.log` there.
 """
 

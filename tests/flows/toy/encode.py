@@ -20,13 +20,18 @@ class Inputs(Model):
     teacher: Manifest[Teacher]
 
 
+def _step_seconds() -> float:
+    told = toy_folder() / "encode.seconds"
+    return float(told.read_text() if told.exists() else os.environ.get("TOY_SECONDS", "0"))
+
+
 def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Latents]:
     note_run("encode")
     step = max((int(part.name.rpartition("-")[2]) for part in workspace.parts()), default=0)
     (toy_folder() / "encode.start").write_text(str(step))
     try:
         while step < STEPS:
-            time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+            time.sleep(_step_seconds())
             step += 1
             workspace.progress.update(step, STEPS, "steps", {"loss": 1 / step})
             (toy_folder() / "encode.step").write_text(str(step))

@@ -1,0 +1,73 @@
+"""Commands that bring flows to a Prefect server and run what it schedules: `serve`, `deploy`, `worker`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.console import output
+from schemas.errors import BadInput
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(serve)
+    app.command()(deploy)
+    app.command()(worker)
+
+
+def serve(limit: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1) -> None:
+    """Offer the chain, the smoke flow and every single stage to the Prefect server of PREFECT_API_URL, and run here what it starts."""
+    _require_server()
+    from flows.serve import serve_flows
+
+    serve_flows(limit)
+
+
+def deploy(
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A work pool; may be repeated. Default: cpu=process and gpu=process:cuda."),
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, or stage runs with a tag such as training.")
+    ] = None,
+) -> None:
+    """Make work pools, and a deployment of the chain and of every single stage on them, on the Prefect server of PREFECT_API_URL."""
+    _require_server()
+    from flows.deployments import deploy as make
+    from flows.deployments import parse_limits
+    from flows.pools import DEFAULT_POOLS, Pool
+
+    pools = [Pool.parse(text) for text in pool or DEFAULT_POOLS]
+    for name in make(pools, parse_limits(limit or [])):
+        output.print(name)
+
+
+def worker(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="Work pool, such as cpu or gpu.")],
+    limit: Annotated[int, typer.Option(help="Runs at a time. Stages that train want a device to themselves.", min=1)] = 1,
+    name: Annotated[str | None, typer.Option(help="Name of the worker in the UI.")] = None,
+) -> None:
+    """Run on this machine what a process pool schedules, each run as a process of this Python environment."""
+    _require_server()
+    if not os.environ.get("DISTILL_STORE_ADDRESS"):
+        raise BadInput(
+            "DISTILL_STORE_ADDRESS: not set; expected the store that all workers share, such as s3://bucket/prefix or file:///folder: "
+            "a run is started in a temporary folder, where a relative one would be lost"
+        )
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # of the pool's command: python
+    named = ["--name", name] if name else []
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit), *named]
+    os.execv(sys.executable, command)  # so that signals to this process reach Prefect's worker itself
+
+
+def _require_server() -> None:
+    from flows.environment import server_is_configured
+
+    if not server_is_configured():
+        raise BadInput(
+            "PREFECT_API_URL: not set; expected the address of a server, such as the http://127.0.0.1:4200/api of: prefect server start"
+        )

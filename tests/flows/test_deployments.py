@@ -1,0 +1,106 @@
+"""Deployments and work pools as `distill deploy` and `prefect.yaml` make them."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from schemas.errors import BadInput
+from stages.registry import STAGES
+from tests.flows.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def both() -> list[Any]:
+    from flows.deployments import deployments
+
+    return list(deployments(["gpu", "cpu"]))
+
+
+def test_prefect_yaml_says_what_deploy_does(both: list[Any]) -> None:
+    from prefect.flows import load_flow_from_entrypoint
+
+    made = {(item.name, item.entrypoint, item.work_pool_name, tuple(item.tags or ())): item.flow_name for item in both}
+    declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {(item["name"], item["entrypoint"], item["work_pool"]["name"], tuple(item["tags"])) for item in declared} == set(made)
+    assert len(declared) == len(made) == 2 + 2 * len(STAGES)
+    for (_, entrypoint, _, _), name in made.items():
+        assert load_flow_from_entrypoint(str(entrypoint)).name == name
+
+
+def test_deployments_carry_form_description_and_revision(both: list[Any]) -> None:
+    from infra.provenance import source_revision
+
+    for item in both:
+        assert item.version == source_revision()
+        assert item.description and len(item.description) > 40
+        assert "Recipe" in item._parameter_openapi_schema.definitions
+
+
+def test_chains_are_in_the_parents_pool_alone(both: list[Any]) -> None:
+    assert {item.work_pool_name for item in both if "chain" in (item.tags or ())} == {"cpu"}
+
+
+@pytest.mark.parametrize("text", ["", "=process", "gpu=slurm", "gpu=process:tpu", "gpu=:cuda:", "gpu=../pools/process"])
+def test_a_wrong_pool_is_refused(text: str) -> None:
+    from flows.pools import Pool
+
+    with pytest.raises(BadInput, match="expected NAME=TEMPLATE"):
+        Pool.parse(text)
+
+
+@pytest.mark.parametrize("text", ["gpu", "gpu=0", "gpu=many", "=3", "gpu=-1"])
+def test_a_wrong_limit_is_refused(text: str) -> None:
+    from flows.deployments import parse_limits
+
+    with pytest.raises(BadInput, match="expected NAME=COUNT"):
+        parse_limits([text])
+
+
+def test_gpu_pools_name_the_device() -> None:
+    from flows.pools import Pool
+
+    for text, device in {"gpu=process:cuda": "cuda", "cpu": None}.items():
+        _, template = Pool.parse(text).definition()
+        environment: dict[str, Any] = template["variables"]["properties"]["env"]["default"]
+        assert environment.get("DISTILL_DEVICE") == device
+        assert "stages" in environment["PREFECT_LOGGING_EXTRA_LOGGERS"]
+
+
+def test_the_process_template_has_the_fields_of_prefects() -> None:
+    from prefect.workers.process import ProcessWorker
+
+    from flows.pools import Pool
+
+    theirs, (_, ours) = ProcessWorker.get_default_base_job_template(), Pool("cpu").definition()
+    assert ours["job_configuration"] == theirs["job_configuration"]
+    assert set(ours["variables"]["properties"]) == set(theirs["variables"]["properties"])
+
+
+@pytest.mark.parametrize("text", ["a=process", "a=process:cuda", "a=docker", "a=docker:cuda", "a=kubernetes", "a=kubernetes:cuda"])
+def test_templates_are_valid_and_all_their_placeholders_have_a_variable(text: str) -> None:
+    """No container engine or cluster is here: what can be told without one is that the server takes a template, and what a worker makes of it."""
+    from prefect.utilities.schema_tools.validation import ValidationError, validate
+    from prefect.utilities.templating import apply_values, find_placeholders
+
+    from flows.pools import Pool
+
+    kind, template = Pool.parse(text).definition()
+    assert kind == text.partition("=")[2].partition(":")[0]
+    configuration, schema = template["job_configuration"], template["variables"]
+    fields = schema["properties"]
+    assert {item.name for item in find_placeholders(configuration)} == set(fields)
+    defaults = {name: field["default"] for name, field in fields.items() if "default" in field}
+    validate(defaults, schema, raise_on_error=True)
+    with pytest.raises(ValidationError, match="is not of type"):
+        validate(defaults | {"env": 3}, schema, raise_on_error=True)
+    assert all(field["title"] and field["description"] for field in fields.values())
+    made = apply_values(configuration, defaults | {"name": "a-run", "labels": {"a": "b"}, "command": ["x"]})
+    if kind == "kubernetes":
+        (container,) = made["job_manifest"]["spec"]["template"]["spec"]["containers"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == (1 if "cuda" in text else 0)
+        assert made["job_manifest"]["metadata"]["generateName"] == "a-run-"
+        assert container["env"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    if kind == "docker":
+        assert bool(made["container_create_kwargs"].get("device_requests")) == ("cuda" in text)
+    assert (made["env"].get("DISTILL_DEVICE") == "cuda") == ("cuda" in text)
