@@ -1,11 +1,12 @@
-"""Latent consistency distillation beside diffusers' script: `python -m benchmarks.lcm_race --script PATH [--rounds 2] [--steps 400] [--images 256]`.
+"""Latent consistency distillation beside diffusers' script: `python -m benchmarks.lcm_race --script PATH [--rounds 2] [--steps 300] [--images 256]`.
 
 Both train a LoRA of the teacher in recipes/tiny_teacher, on the same pictures, with the same batch, steps, rank, optimiser, guidance and solver
-(`lcm` of recipes/tiny-adversarial.yaml), in float32 on the CPU with the same number of threads (`OMP_NUM_THREADS`, else 1). PATH is
+(`lcm` of recipes/tiny-adversarial.yaml and tiny.yaml), in float32 on the CPU with the same number of threads (`OMP_NUM_THREADS`, else 1). PATH is
 `examples/consistency_distillation/train_lcm_distill_lora_sdxl.py` of the repository huggingface/diffusers, at the tag of the installed version or
 the newest before it; it is run unchanged, and needs `datasets` beside our own packages.
 
-Ours is `distill stage lcm`, theirs the script, each a process of its own: in every round either trains for a few steps and for `--steps`, in turn.
+Ours is `distill stage lcm`, theirs the script, each a process of its own. In every round both train for a few steps and then for `--steps`; they take
+turns of two seconds, the other one stopped meanwhile, so that what else the machine does slows both alike, and only their own time is counted.
 The rate is what the difference of the two lengths took, so that start, loading and what is done once (saving, the script's last pictures) cancel;
 beside it stand the whole longer runs, ours with the stage `encode`, which the script does again in every step. The students of the longer runs are
 measured by the stage `evaluate`, with the same prompts and noise: FID to other samples of the teacher in 4 steps.
@@ -20,11 +21,13 @@ import json
 import logging
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +38,7 @@ from benchmarks.quality import evaluation
 from flows.demo import PROJECT
 from flows.preparation import Prepared, prepare
 from infra.demo.server import serve
-from infra.demo.table import make_small_collection
+from infra.demo.table import make_collection, make_small_collection
 from schemas.base import digest
 from schemas.errors import DistillError, RunFailed
 from schemas.lcm import LcmConfig
@@ -45,11 +48,14 @@ from stages.runner import execute
 from stages.selected import SelectedPictures
 from stages.workspace import Workspace
 
-RECIPE: Final = PROJECT / "recipes" / "tiny-adversarial.yaml"
+SMALL, LARGE = (PROJECT / "recipes" / name for name in ("tiny-adversarial.yaml", "tiny.yaml"))
+"""Recipes for small pictures and for those of `make demo`; their sections `lcm` are the same."""
+
 STEPS: Final = 4
 """In which students are measured."""
 RESOLUTION_PX: Final = 64
 SETTINGS: Final = ("lightning=null", "publish=null", f"lcm.steps=[{STEPS}]", "lcm.checkpoint_every=500", "evaluate.teacher_steps=[32]")
+SLICE_SECONDS: Final = 2.0
 SHARED: Final = ("teacher", "ingest", "select", "encode")
 """Nodes whose artifacts an evaluation reads beside students."""
 
@@ -67,6 +73,7 @@ class Race:
     """What both sides train with, and where."""
 
     folder: Path
+    recipe: Path
     prepared: Prepared
     made: Mapping[str, Manifest]
     overrides: tuple[str, ...]
@@ -82,23 +89,30 @@ class Race:
         """Overrides of one run: each has a seed, and with it an identity, of its own."""
         return (*self.overrides, f"lcm.training_steps={steps}", f"lcm.seed={seed}")
 
-    def ours(self, steps: int, seed: int) -> tuple[Times, Manifest[StudentLoRA]]:
-        """Train by the command line, and find what it made."""
+    def ours(self, steps: int, seed: int) -> list[str]:
+        """The command that trains."""
         settings = [argument for override in self.changed(steps, seed) for argument in ("--set", override)]
+        store = self.prepared.surroundings.store.address
+        return [sys.executable, "-c", "from flows.cli import main; main()", "stage", "lcm", str(self.recipe), "--store", store, *settings]
+
+    def made_by_ours(self, steps: int, seed: int) -> Manifest[StudentLoRA]:
+        """What that command made."""
         store = self.prepared.surroundings.store
-        command = [sys.executable, "-c", "from flows.cli import main; main()", "stage", "lcm", str(RECIPE), "--store", store.address]
-        taken = timed([*command, *settings])
-        plan = prepare(load_recipe(RECIPE, self.changed(steps, seed)), store.address).plan
+        plan = prepare(load_recipe(self.recipe, self.changed(steps, seed)), store.address).plan
         manifest = store.find(plan.identities["lcm"])
         assert manifest is not None and isinstance(manifest.content, StudentLoRA), "the stage has made it"
-        return taken, manifest  # type: ignore[return-value]
+        return manifest  # type: ignore[return-value]
 
-    def theirs(self, script: Path, steps: int, seed: int) -> tuple[Times, Path]:
-        """Train by the script; returns its output folder."""
-        output = self.folder / f"peer-{steps}-{seed}"
+    def output(self, steps: int, seed: int) -> Path:
+        """Where the script puts what it makes."""
+        return self.folder / f"peer-{steps}-{seed}"
+
+    def theirs(self, script: Path, steps: int, seed: int) -> list[str]:
+        """The command that trains by the script."""
         config = self.config.model_copy(update={"training_steps": steps})
         teacher, pictures = PROJECT / "recipes" / "tiny_teacher", self.folder / "peer-pictures"
-        return timed(peer.command(script, teacher, pictures, output, config=config, resolution_px=RESOLUTION_PX, seed=seed)), output
+        output = self.output(steps, seed)
+        return peer.command(script, teacher, pictures, output, config=config, resolution_px=RESOLUTION_PX, seed=seed)
 
     def adopt(self, output: Path, like: Manifest[StudentLoRA], seed: int) -> Manifest:
         """Put the script's student on the store: ours in all that a sampler must know."""
@@ -110,27 +124,56 @@ class Race:
         return self.prepared.surroundings.store.publish(target, identity=identity, content=content, lineage=lineage)
 
 
-def timed(command: Sequence[str]) -> Times:
-    """Run a process to its end. Raises `RunFailed` with the end of what it said."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started = time.perf_counter()
+def in_turn(commands: Sequence[Sequence[str]]) -> list[Times]:
+    """Run processes to their ends, one at a time for `SLICE_SECONDS` each, the others stopped meanwhile: other work on the machine slows all alike.
+
+    Raises `RunFailed` with the end of what one said that failed.
+    """
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    result = subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=PROJECT, env={**os.environ, **offline, **threads}, errors="replace"
-    )
-    wall = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if result.returncode != 0:
-        raise RunFailed(f"{' '.join(command[:6])} ... ended with {result.returncode}:\n{(result.stderr or result.stdout)[-3000:]}")
-    return Times(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    wall, processor = [0.0] * len(commands), [0.0] * len(commands)
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]
+        running: dict[int, subprocess.Popen[bytes]] = {}
+        left = list(range(len(commands)))
+        stack.callback(lambda: [process.kill() for process in running.values() if process.poll() is None])
+        while left:
+            for number in list(left):
+                started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+                if number in running:
+                    running[number].send_signal(signal.SIGCONT)
+                else:
+                    running[number] = subprocess.Popen(
+                        commands[number],
+                        stdout=said[number],
+                        stderr=subprocess.STDOUT,
+                        cwd=PROJECT,
+                        env={**os.environ, **offline, **threads},
+                    )
+                try:
+                    code = running[number].wait(SLICE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    running[number].send_signal(signal.SIGSTOP)
+                    wall[number] += time.perf_counter() - started
+                    continue
+                wall[number] += time.perf_counter() - started
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                processor[number] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                left.remove(number)
+                if code != 0:
+                    said[number].seek(0)
+                    raise RunFailed(
+                        f"{' '.join(commands[number][:6])} ... ended with {code}:\n{said[number].read().decode(errors='replace')[-3000:]}"
+                    )
+    return [Times(*pair) for pair in zip(wall, processor, strict=True)]
 
 
-def prepared_race(folder: Path, pictures: int) -> Race:
-    """Draw, fetch, select and encode the pictures, and write the selected ones for the script."""
-    collection = make_small_collection(folder, count=pictures, seed=2)
+def prepared_race(folder: Path, pictures: int | None) -> Race:
+    """Draw so many small pictures, or those of the demo, fetch, select and encode them, and write the selected ones for the script."""
+    recipe = LARGE if pictures is None else SMALL
+    collection = make_collection(folder) if pictures is None else make_small_collection(folder, count=pictures, seed=2)
     overrides = (f"ingest.table={collection.table}", *SETTINGS)
-    prepared = prepare(load_recipe(RECIPE, overrides), f"file://{folder / 'store'}")
+    prepared = prepare(load_recipe(recipe, overrides), f"file://{folder / 'store'}")
     made: dict[str, Manifest] = {}
     encode_seconds = 0.0
     with serve(collection.pictures, collection.port):
@@ -144,7 +187,7 @@ def prepared_race(folder: Path, pictures: int) -> Race:
         selected = SelectedPictures.open(made["ingest"], made["select"], place)  # type: ignore[arg-type]  # their kinds are the plan's
         assert len(selected) == made["encode"].content.samples, "all that are selected are encoded"  # type: ignore[union-attr]
         peer.write_pictures(selected, folder / "peer-pictures")
-    return Race(folder, prepared, made, overrides, encode_seconds)
+    return Race(folder, recipe, prepared, made, overrides, encode_seconds)
 
 
 @dataclass(frozen=True)
@@ -166,16 +209,14 @@ def race(script: Path, setting: Race, *, rounds: int, short: int, long: int) -> 
     of_theirs: list[tuple[Times, Times]] = []
     students: dict[str, Manifest] = {}
     for number in range(rounds):
-        ours: dict[int, Times] = {}
-        theirs: dict[int, Times] = {}
-        for steps in (short, long) if number % 2 == 0 else (long, short):
-            ours[steps], student = setting.ours(steps, number)
-            theirs[steps], output = setting.theirs(script, steps, number)
-            logging.info("round %d, %d steps: ours %.1f s, the script %.1f s", number + 1, steps, ours[steps].wall, theirs[steps].wall)
-            if steps == long:
-                students |= {f"ours-{number}": student, f"peer-{number}": setting.adopt(output, student, number)}
-        of_ours.append((ours[short], ours[long]))
-        of_theirs.append((theirs[short], theirs[long]))
+        taken: dict[int, list[Times]] = {}
+        for steps in (short, long):
+            taken[steps] = in_turn([setting.ours(steps, number), setting.theirs(script, steps, number)])
+            logging.info("round %d, %d steps: ours %.1f s, the script %.1f s", number + 1, steps, *(times.wall for times in taken[steps]))
+        student = setting.made_by_ours(long, number)
+        students |= {f"ours-{number}": student, f"peer-{number}": setting.adopt(setting.output(long, number), student, number)}
+        for rate, before, after in zip((of_ours, of_theirs), taken[short], taken[long], strict=True):
+            rate.append((before, after))
     batch, pictures = setting.config.batch_size, setting.made["encode"].content.samples  # type: ignore[union-attr]
     seen = [peer.samples_seen(steps, batch, pictures) for steps in (short, long)]
     return Rate(of_ours, rounds * batch * (long - short)), Rate(of_theirs, rounds * (seen[1] - seen[0])), students
@@ -195,15 +236,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path, required=True, help=f"{peer.PLACE} of the repository huggingface/diffusers")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400, help="of the longer runs")
+    parser.add_argument("--steps", type=int, default=300, help="of the longer runs")
     parser.add_argument("--short-steps", type=int, default=20, help="of the runs that are subtracted")
-    parser.add_argument("--pictures", type=int, default=1000, help="drawn to train on")
+    parser.add_argument("--pictures", type=int, default=1024, help="small ones, drawn to train on")
+    parser.add_argument("--large", action="store_true", help="train on the pictures of `make demo` instead, 1088 to 1280 px on a side")
     parser.add_argument("--images", type=int, default=256, help="sampled of each student")
     given = parser.parse_args()
     try:
         peer.check_script(given.script)
         with tempfile.TemporaryDirectory(prefix="lcm-race-") as place:
-            setting = prepared_race(Path(place), given.pictures)
+            setting = prepared_race(Path(place), None if given.large else given.pictures)
             ours, theirs, students = race(given.script.resolve(), setting, rounds=given.rounds, short=given.short_steps, long=given.steps)
             fids = distances(setting, students, given.images)
     except DistillError as error:

@@ -61,7 +61,7 @@ def merging_is_cheaper(x: Tensor, base: nn.Linear | nn.Conv2d, rank: int, *, gra
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     output: Tensor
-    base = layer.get_base_layer()
+    base = layer.base_layer
     if not layer.training or layer.merged:
         output = type(layer).forward(layer, x)
     elif layer.disable_adapters:
@@ -150,7 +150,7 @@ def _convolution_backward(layer: Any, gradient: Tensor, x: Tensor, weight: Tenso
 
 
 def _settings(layer: Any) -> tuple[Any, ...]:
-    base = layer.get_base_layer()
+    base = layer.base_layer
     return base.stride, base.padding, base.dilation
 
 
