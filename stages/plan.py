@@ -101,7 +101,9 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
     if recipe.dmd is not None:
-        inputs = {"teacher": teacher, "latents": "encode"} | ({"pairs": "pairs"} if recipe.dmd.reads_pairs else {})
+        inputs = {"teacher": teacher, "latents": "encode"}
+        if recipe.dmd.reads_pairs:
+            inputs["pairs"] = "pairs"
         regression = recipe.dmd.regression
         places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
         nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places)))
