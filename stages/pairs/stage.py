@@ -10,6 +10,7 @@ import torch
 
 from infra.progress import NullProgress
 from schemas.base import Model
+from schemas.errors import BadInput
 from schemas.manifest import Latents, Manifest, Pairs, Teacher
 from schemas.pairs import PairsConfig
 from schemas.recipe import Recipe
@@ -39,7 +40,11 @@ def preflight(config: PairsConfig, _outside: Mapping[str, str], recipe: Recipe) 
         return
     folder = Path(recipe.teacher.address.removeprefix("file://"))
     if folder.is_dir() and recipe.teacher.variant is None:
-        check_pairs(config, inspect(folder))
+        try:
+            facts = inspect(folder)
+        except BadInput:  # the stage teacher names what is wrong with it
+            return
+        check_pairs(config, facts)
 
 
 def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Pairs]:
@@ -76,16 +81,19 @@ def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[P
 
 
 def _fitted(work: Work, config: PairsConfig, workspace: Workspace) -> Work:
-    """The same work with the batch that fits memory, found once for all processes and runs; only where that was left open."""
-    if config.batch_size is not None or workspace.device == "cpu":
+    """The same work with the batch that fits memory, found once for all processes and runs, on whatever devices these are; only where that was left
+    open."""
+    if config.batch_size is not None:
         return work
 
     def trial() -> int:
+        if workspace.device == "cpu":
+            return work.content.batch_size
         return loaded_drawer(work).fitting(work.content.batch_size, captions_of(range(1), work).unconditional)
 
     found = fitted_once(workspace, "pairs", trial)
     unload_drawer()  # it was told another batch
-    logger.info("pairs: %d at once fit the memory of %s", found, work.devices[0])
+    logger.info("pairs: %d are drawn at once", found)
     return replace(work, content=work.content.model_copy(update={"batch_size": found}))
 
 
