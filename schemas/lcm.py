@@ -23,6 +23,9 @@ class LcmConfig(StudentTraining):
     start: Annotated[str | None, NotIdentity] = None
     """Student to go on from, of the same teacher, network, rank and alpha: a folder with `unet/` or `pytorch_lora_weights.safetensors`, such as a
     variant of a published model. Its content is part of the identity. null: the teacher."""
+    latents: Annotated[Literal["encode", "pairs"], NotIdentity] = "encode"
+    """What the student is trained on: the encoded pictures, or what the teacher itself drew (the section `pairs`). No part of the identity, which has
+    that of the artifact."""
     solver: Literal["ddim", "known_noise"] = "ddim"
     """What leads from t_{n+k} to t_n: `ddim`, a guided move of the teacher; `known_noise`, the noise that was added, by which a latent consistency
     model is fine-tuned without its teacher (LCF, LCM 4.4)."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from schemas.adversarial import AdversarialConfig, AdversarialPlan, Phase
-from schemas.base import Field, Mistake, Model
+from schemas.base import Field, Mistake, Model, NotIdentity
 from schemas.training import OptimizerConfig, PositiveInt, StudentTraining
 
 TRAIN_TIMESTEPS = 1000
@@ -90,6 +90,9 @@ class LightningConfig(StudentTraining):
     arithmetic."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     """Adam(.9, .999), 1e-5, no weight decay: SDXL-Lightning 3.6, of the MSE links."""
+    latents: Annotated[Literal["encode", "pairs"], NotIdentity] = "encode"
+    """What students are trained on: the encoded pictures, or what the teacher itself drew (the section `pairs`; LADD, arXiv 2403.12015, 3). No part
+    of the identity, which has that of the artifact."""
     links: Mapping[PositiveInt, LinkOverride] = {}
     """Overrides by the step count of the link's student."""
     adversarial: AdversarialPlan | None = None

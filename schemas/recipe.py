@@ -145,6 +145,13 @@ def _links_add_up(recipe: Recipe) -> Iterator[Mistake]:
             yield ("lightning", "links", steps, "training_steps"), override.training_steps, expected
 
 
+def _pairs_are_drawn(recipe: Recipe) -> Iterator[Mistake]:
+    for name in ("lightning", "lcm"):
+        section: LightningConfig | LcmConfig | None = getattr(recipe, name)
+        if section is not None and section.latents == "pairs" and recipe.pairs is None:
+            yield (name, "latents"), "pairs", "no stage draws them: expected a section pairs, such as pairs: {count: 10000}"
+
+
 def _published_is_measured(recipe: Recipe) -> Iterator[Mistake]:
     if recipe.publish is not None and recipe.evaluate is None:
         yield ("publish",), recipe.publish.name, "the model card needs figures: expected a section evaluate"
@@ -205,6 +212,7 @@ Recipe.cross_checks = (
     *(partial(_only_students_are_sharded, path) for path in _TRAINING if path.startswith("train_teacher")),
     _links_add_up,
     _dmd_has_its_pairs,
+    _pairs_are_drawn,
     _published_is_measured,
     _published_is_made,
     _transfers_are_made,

@@ -21,7 +21,7 @@ from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Manifest
 from schemas.teacher import TrainTeacherConfig
-from stages.diffusion.conditioning import Conditioning
+from stages.diffusion.conditioning import Conditioning, blank_text
 from stages.diffusion.denoiser import unet_output
 from stages.diffusion.discriminator import Discriminator, DiscriminatorHead, UNetEncoder
 from stages.diffusion.guidance import add_guidance_input
@@ -272,14 +272,10 @@ class TeacherShape:
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
         """x_t, timesteps and conditioning on the meta device."""
-        config = self.unet_config
         with torch.device("meta"):
             x, t = torch.empty(batch, *self.latent_shape), torch.empty(batch, dtype=torch.long)
-            text = torch.empty(batch, self.tokens, config["cross_attention_dim"])
-            if config.get("addition_embed_type") != "text_time":
-                return x, t, Conditioning(text)
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            return x, t, Conditioning(text, torch.empty(batch, pooled), torch.empty(batch, 6))
+            text = blank_text(self.unet_config, self.tokens, batch)
+            return x, t, text if text.pooled is None else text.with_time_ids(torch.empty(batch, 6))
 
     def _pass(
         self, key: tuple[Any, ...], networks: list[Any], run: Callable[[], Tensor], precision: str, *, backward: bool = True

@@ -98,12 +98,12 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
     students: list[str] = []
     if recipe.lightning is not None:
         for run in recipe.lightning.runs():
-            inputs: dict[str, Source] = {"teacher": teacher, "latents": "encode"}
+            inputs: dict[str, Source] = {"teacher": teacher, "latents": recipe.lightning.latents}
             inputs |= {name: source for name, source in (("source", run.teacher), ("start", run.start)) if source is not None}
             nodes.append(Node(run.name, "lightning", run.config, seed, inputs))
             students += [run.name] if run.published else []
     if recipe.lcm is not None:
-        inputs = {"teacher": teacher, "latents": "encode"}
+        inputs = {"teacher": teacher, "latents": recipe.lcm.latents}
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
     if recipe.dmd is not None:

@@ -1,16 +1,16 @@
 """Commands that look after artifacts: `show`, `verify`, `gc`."""
 
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.table import Table
 
 from flows.cli.console import output
-from flows.cli.options import ArtifactReference, Store
+from flows.cli.options import ArtifactReference, Device, Store
 from infra.store import ArtifactStore
-from schemas.errors import CorruptArtifact
-from schemas.manifest import Manifest
+from schemas.errors import BadInput, CorruptArtifact
+from schemas.manifest import Manifest, Pairs
 
 
 def register(app: typer.Typer) -> None:
@@ -58,13 +58,21 @@ def verify(
     remove: Annotated[
         bool, typer.Option("--remove", help="Delete the artifact if it is damaged. The next run of its recipe makes it again.")
     ] = False,
+    recompute: Annotated[
+        int, typer.Option("--recompute", metavar="N", min=0, help="Of noise-output pairs: draw N again with the teacher, and compare.")
+    ] = 0,
+    device: Device = "cpu",
 ) -> None:
-    """Read and hash every file of an artifact again. Exit code 1 when one is damaged or missing, unless it was removed."""
+    """Read and hash every file of an artifact again. Exit code 1 when one is damaged or missing, or a pair differs, unless it was removed."""
     from flows.preparation import open_store
+    from stages.preflight import check_device
 
+    check_device(device)
     opened = open_store(store)
     try:
         manifest = _sound(opened, artifact)
+        if recompute:
+            output.print(_recomputed(opened, manifest, recompute, device))
     except CorruptArtifact as damage:
         if not remove or damage.identity is None:
             raise
@@ -81,6 +89,17 @@ def _sound(store: ArtifactStore, reference: str) -> Manifest:
         what = f"artifact {manifest.identity[:12]} ({manifest.kind}) on {store.address}"
         raise CorruptArtifact(f"{what} is damaged:\n  " + "\n  ".join(problems), manifest.identity)
     return manifest
+
+
+def _recomputed(store: ArtifactStore, manifest: Manifest, count: int, device: str) -> str:
+    """Draw pairs again; what to say of it. Raises `BadInput` for an artifact of another kind, `CorruptArtifact` where a pair differs."""
+    if not isinstance(manifest.content, Pairs):
+        raise BadInput(f"--recompute: artifact {manifest.identity[:12]} is of the kind {manifest.kind}; expected pairs")
+    from stages.pairs.recompute import recompute
+
+    found = recompute(cast("Manifest[Pairs]", manifest), store, count, device)
+    difference = "equal bits" if found.largest == 0 else f"outputs differ by at most {found.largest:.3g} of their norm"
+    return f"{manifest.identity}: {len(found.pairs)} of {manifest.content.pairs:,} pairs drawn again: {difference}"
 
 
 def gc(

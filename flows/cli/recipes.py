@@ -27,22 +27,31 @@ def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     store: Store = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Time a pass of the teacher there (cpu, cuda, cuda:0, mps), for the hours that pairs takes."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")] = False,
 ) -> None:
-    """List the stage runs of a recipe: which are done, what would run, what encode takes on disk and training in a device's memory."""
+    """List the stage runs of a recipe: which are done, what would run, what encode and pairs take and training in a device's memory."""
     from flows.preparation import open_store, remembered_digest
     from schemas.loading import load_recipe
     from stages.encode_cost import encode_cost
     from stages.encoded_size import human
+    from stages.pairs_cost import pairs_cost
     from stages.plan import make_plan
+    from stages.preflight import check_device
     from stages.runner import find_complete
 
+    if device is not None:
+        check_device(device)
     parsed = load_recipe(recipe, overrides or ())
     opened = open_store(store)
     planned = make_plan(parsed, remembered_digest)
     found = {node.name: find_complete(opened, planned.identities[node.name]) for node in planned.nodes}
     done = {name: manifest is not None for name, manifest in found.items()}
     cost = encode_cost(planned, found.get, opened)
+    drawing = pairs_cost(planned, found.get, opened, cost.size, device)
     memory, line = _memory(planned, found, opened)
     if as_json:
         rows = [
@@ -56,7 +65,8 @@ def plan(
             }
             for node in planned.nodes
         ]
-        report = {"recipe": parsed.name, "store": opened.address, "stages": rows, "encode": cost.as_json()}
+        pairs = None if drawing is None else drawing.as_json()
+        report = {"recipe": parsed.name, "store": opened.address, "stages": rows, "encode": cost.as_json(), "pairs": pairs}
         output.out(json.dumps(report, indent=2))
         return
     table = Table("stage", "identity", "", "memory", title=f"{parsed.name} on {opened.address}")
@@ -69,6 +79,8 @@ def plan(
         )
     output.print(table)
     output.print(cost.sentence(), highlight=False)
+    if drawing is not None:
+        output.print(drawing.sentence(), highlight=False)
     if line:
         output.print(line, highlight=False)
 

@@ -1,8 +1,8 @@
 """What a denoiser is conditioned on beside x_t and t: text embeddings, pooled text, SDXL's size and crop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,16 @@ class Conditioning:
             None if self.time_ids is None else change(self.time_ids),
             None if self.guidance_w is None else change(self.guidance_w),
         )
+
+
+def blank_text(unet_config: Mapping[str, Any], tokens: int, batch: int) -> Conditioning:
+    """Text of zeros, of the shapes that a UNet of this configuration takes, without time ids."""
+    text = torch.zeros(batch, tokens, unet_config["cross_attention_dim"])
+    if unet_config.get("addition_embed_type") != "text_time":
+        return Conditioning(text)
+    return Conditioning(
+        text, torch.zeros(batch, unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"])
+    )
 
 
 def _cat_optional(parts: Sequence[Tensor | None], name: str) -> Tensor | None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from schemas.base import Model
 from schemas.lcm import LcmConfig
-from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Manifest, StudentLoRA, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.schedule import lcm_timesteps
-from stages.latents import LatentSet
+from stages.encoded import EncodedManifest, open_encoded
 from stages.lcm.distillation import ConsistencyDistillation
 from stages.lcm.networks import Networks
 from stages.lcm.start import check_start
@@ -24,7 +24,8 @@ class Inputs(Model):
     """What the stage reads."""
 
     teacher: Manifest[Teacher]
-    latents: Manifest[Latents]
+    latents: EncodedManifest
+    """What the student is trained on."""
 
 
 def preflight(config: LcmConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
@@ -39,7 +40,7 @@ def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     moving average where `ema_decay` asks for one."""
     check_teacher(inputs.teacher, inputs.latents)
     seed = workspace.seed if config.seed is None else config.seed
-    latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
+    latents = open_encoded(inputs.latents, workspace, inputs.teacher)
     networks = Networks.build(config, inputs.teacher, workspace, seed=seed)
     method = ConsistencyDistillation(
         config,

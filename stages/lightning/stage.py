@@ -9,14 +9,14 @@ import torch
 from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.lightning import LinkConfig, trailing_timesteps
-from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Manifest, StudentLoRA, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.discriminator import Discriminator, UNetEncoder, unet_discriminator
 from stages.diffusion.lora import add_lora, load_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES
-from stages.latents import LatentSet
+from stages.encoded import Encoded, EncodedManifest, open_encoded
 from stages.lightning.adversarial import AdversarialLink
 from stages.lightning.regression import ProgressiveLink, SampleSwitch
 from stages.students import Student, check_teacher, load_student, ready_for_training, weight_files
@@ -32,7 +32,8 @@ class Inputs(Model):
     """What a link reads."""
 
     teacher: Manifest[Teacher]
-    latents: Manifest[Latents]
+    latents: EncodedManifest
+    """What the student is trained on."""
     source: Manifest[StudentUNet | StudentLoRA] | None = None
     """The student of an earlier link, which teaches. None: the teacher itself does."""
     start: Manifest[StudentUNet | StudentLoRA] | None = None
@@ -48,7 +49,7 @@ def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[An
     """Train the student of one link, or of one phase of it, and publish its UNet or LoRA."""
     check_teacher(inputs.teacher, inputs.latents, inputs.source, inputs.start)
     seed = workspace.seed if config.seed is None else config.seed
-    latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
+    latents = open_encoded(inputs.latents, workspace, inputs.teacher)
     teacher = _frozen(inputs, inputs.source, workspace)
     discriminator = _discriminator(config, teacher, latents, workspace, seed=seed)
     start, unet = _student(config, teacher, inputs, workspace, seed=seed)
@@ -73,7 +74,7 @@ def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[An
 
 
 def _method(
-    config: LinkConfig, teacher: UNetDenoiser, latents: LatentSet, student: Student, discriminator: Discriminator[UNetEncoder] | None
+    config: LinkConfig, teacher: UNetDenoiser, latents: Encoded, student: Student, discriminator: Discriminator[UNetEncoder] | None
 ) -> Method[LatentBatch, Any]:
     if discriminator is not None:
         return AdversarialLink(config, teacher=teacher, student=student, discriminator=discriminator)
@@ -82,7 +83,7 @@ def _method(
 
 
 def _discriminator(
-    config: LinkConfig, teacher: UNetDenoiser, latents: LatentSet, workspace: Workspace, *, seed: int
+    config: LinkConfig, teacher: UNetDenoiser, latents: Encoded, workspace: Workspace, *, seed: int
 ) -> Discriminator[UNetEncoder] | None:
     """The adversarial link's, ready to be trained."""
     if config.adversarial is None:

@@ -76,11 +76,16 @@ class Drawer:
         """Pairs that fit memory together: `tried`, halved until one step of so many does. Raises `RunFailed` when one pair does not fit."""
         batch = tried
         while batch:
-            if self._attempt(torch.zeros(batch, *self.content.latent_shape), unconditional.expand(batch), unconditional, 1) is not None:
+            if self.one_call(batch, unconditional):
                 return batch
             logger.warning("out of memory with %d pairs at once", batch)
             batch //= 2
         raise RunFailed(f"pairs: one pair does not fit the memory of {self.device}: expected pairs.precision bfloat16, or a larger device")
+
+    def one_call(self, batch: int, unconditional: Conditioning) -> bool:
+        """Go through one step of so many pairs, of noise that is zero; whether memory suffices."""
+        nothing = torch.zeros(batch, *self.content.latent_shape)
+        return self._attempt(nothing, unconditional.expand(batch), unconditional, 1) is not None
 
     @torch.inference_mode()
     def _attempt(self, noise: Tensor, texts: Conditioning, unconditional: Conditioning, steps: int) -> Tensor | None:

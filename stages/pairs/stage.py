@@ -5,30 +5,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import torch
 
 from infra.progress import NullProgress
 from schemas.base import Model
+from schemas.errors import BadInput
 from schemas.manifest import Latents, Manifest, Pairs, Teacher
 from schemas.pairs import PairsConfig
 from schemas.recipe import Recipe
-from stages.diffusion.facts import TeacherFacts, inspect
-from stages.diffusion.sampling import check_sampler
+from stages.diffusion.facts import inspect
 from stages.fitting import fitted_once
 from stages.kept_shards import processes_for_shards, publish_shards, shards_left
+from stages.pairs.content import check_pairs, planned_content
 from stages.pairs.shard import INDEX_SCHEMA, Work, captions_of, draw_shard, loaded_drawer, shard_name, unload_drawer
 from stages.parallel import devices_of, map_processes
 from stages.students import check_teacher
 from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-_ON_A_CPU: Final = 16
-"""Pairs drawn together where the recipe leaves it open: a CPU gains nothing by more."""
-_TRIED: Final = 64
-"""On a device whose memory is tried first: no GPU of today gains by more, guided ones being 128 samples."""
 
 
 class Inputs(Model):
@@ -45,7 +40,11 @@ def preflight(config: PairsConfig, _outside: Mapping[str, str], recipe: Recipe) 
         return
     folder = Path(recipe.teacher.address.removeprefix("file://"))
     if folder.is_dir() and recipe.teacher.variant is None:
-        _check(config, inspect(folder))
+        try:
+            facts = inspect(folder)
+        except BadInput:  # the stage teacher names what is wrong with it
+            return
+        check_pairs(config, facts)
 
 
 def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Pairs]:
@@ -54,10 +53,17 @@ def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[P
     On this machine's disk lie the teacher, one shard for each process, and the shards of the encoded set that hold its captions' text.
     """
     check_teacher(inputs.teacher, inputs.latents)
-    facts = inspect(workspace.fetch(inputs.teacher))
-    _check(config, facts)
+    content = planned_content(
+        config,
+        inspect(workspace.fetch(inputs.teacher)),
+        inputs.latents.content.latent_shape,
+        seed=workspace.seed,
+        device=workspace.device,
+        teacher=inputs.teacher.identity,
+        latents=inputs.latents.identity,
+    )
     work = Work(
-        content=_content(config, inputs, facts, workspace),
+        content=content,
         teacher=inputs.teacher,
         latents=inputs.latents,
         workspace=replace(workspace, progress=NullProgress()),
@@ -74,44 +80,20 @@ def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[P
         return publish_shards(work.content, names, INDEX_SCHEMA, folder, workspace)
 
 
-def _check(config: PairsConfig, facts: TeacherFacts) -> None:
-    check_sampler(config.sampler, facts.scheduler_config, facts.prediction_type, config.steps)
-
-
-def _content(config: PairsConfig, inputs: Inputs, facts: TeacherFacts, workspace: Workspace) -> Pairs:
-    """What will be made. A teacher that is told sizes is told those of its own pictures, as diffusers' pipelines do: uncropped, as large as asked."""
-    shape = inputs.latents.content.latent_shape
-    downscale = facts.resolution // facts.latent_shape[1]
-    height, width = shape[1] * downscale, shape[2] * downscale
-    return Pairs(
-        pairs=config.count,
-        shards=-(-config.count // config.shard_pairs),
-        latent_shape=shape,
-        teacher=inputs.teacher.identity,
-        latents=inputs.latents.identity,
-        time_ids=(height, width, 0, 0, height, width) if facts.architecture == "StableDiffusionXLPipeline" else None,
-        sampler=config.sampler,
-        steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        precision=config.precision,
-        seed=workspace.seed if config.seed is None else config.seed,
-        batch_size=config.batch_size or (_ON_A_CPU if workspace.device == "cpu" else _TRIED),
-        shard_pairs=config.shard_pairs,
-    )
-
-
 def _fitted(work: Work, config: PairsConfig, workspace: Workspace) -> Work:
-    """The same work with the batch that fits memory, found once for all processes and runs; only where that was left open."""
-    if config.batch_size is not None or workspace.device == "cpu":
+    """The same work with the batch that fits memory, found once for all processes and runs, on whatever devices these are; only where that was left
+    open."""
+    if config.batch_size is not None:
         return work
 
     def trial() -> int:
-        tried = min(work.content.batch_size, work.content.shard_pairs)
-        return loaded_drawer(work).fitting(tried, captions_of(range(1), work).unconditional)
+        if workspace.device == "cpu":
+            return work.content.batch_size
+        return loaded_drawer(work).fitting(work.content.batch_size, captions_of(range(1), work).unconditional)
 
     found = fitted_once(workspace, "pairs", trial)
     unload_drawer()  # it was told another batch
-    logger.info("pairs: %d at once fit the memory of %s", found, work.devices[0])
+    logger.info("pairs: %d are drawn at once", found)
     return replace(work, content=work.content.model_copy(update={"batch_size": found}))
 
 

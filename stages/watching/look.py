@@ -24,6 +24,7 @@ from schemas.watching import Watch
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
+from stages.encoded import Encoded
 from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import thumbnail
@@ -32,7 +33,6 @@ from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import TEACHER
 from stages.evaluate.rows import Row as SampledRow
 from stages.evaluate.samples import Pixels, Sampler, scheduler_of
-from stages.latents import LatentSet
 from stages.students import Student
 from stages.training import Row
 from stages.training.data import indices
@@ -89,7 +89,7 @@ class StudentWatch:
         content: StudentUNet | StudentLoRA,
         *,
         teacher: Manifest[Teacher],
-        latents: LatentSet,
+        latents: Encoded,
         workspace: Workspace,
     ) -> Self | None:
         """Draw the teacher's samples, or find them drawn, for a student that will be published as `content`. None where the recipe asks for no looks.
@@ -175,7 +175,7 @@ class StudentWatch:
 class EncodedSampler(Sampler):
     """Samples on captions of the encoded set, with the embeddings it holds: no text encoder is needed."""
 
-    def __init__(self, pipeline: TeacherPipeline, latents: LatentSet, config: Watch, seed: int) -> None:
+    def __init__(self, pipeline: TeacherPipeline, latents: Encoded, config: Watch, seed: int) -> None:
         """`pipeline` with its VAE only; image i has the caption of sample `chosen[i]`, drawn by the seed."""
         self._latents, self._config = latents, config
         self._chosen = indices(seed, 0, config.images, len(latents))

@@ -162,7 +162,7 @@ def test_a_teachers_own_sampler_settings_are_left_behind() -> None:
     euler, lcm = (make_scheduler(sampler, config, "epsilon") for sampler in ("trailing", "lcm"))
     assert (euler.config.use_karras_sigmas, euler.config.timestep_spacing, euler.config.beta_schedule) == (False, "trailing", "linear")
     assert (lcm.config.clip_sample, lcm.config.original_inference_steps) == (False, 50)
-    with pytest.raises(BadInput, match="sampler 'unipc': expected one of trailing, lcm, ddim, pndm, heun, dpmpp"):
+    with pytest.raises(BadInput, match="sampler 'unipc': expected one of trailing, lcm, lcm-trailing, ddim, pndm, heun, dpmpp"):
         make_scheduler("unipc", config, "epsilon")
 
 
@@ -173,7 +173,9 @@ def test_a_sampler_that_cannot_take_the_teacher_is_refused() -> None:
         with pytest.raises(BadInput, match="30 steps leave its grid; expected a divisor of 1000"):
             check_sampler(sampler, {}, "epsilon", 30)
     for sampler in ("pndm", "heun"):
-        with pytest.raises(BadInput, match=r"knows no rescale_betas_zero_snr, .*; expected one of trailing, lcm, ddim, dpmpp"):
+        with pytest.raises(
+            BadInput, match=r"knows no rescale_betas_zero_snr, .*; expected one of trailing, lcm, lcm-trailing, ddim, dpmpp"
+        ):
             check_sampler(sampler, {"rescale_betas_zero_snr": True}, "v_prediction", 50)
     with pytest.raises(BadInput, match="sampler 'pndm': cannot take a teacher of prediction_type sample"):
         check_sampler("pndm", {}, "sample", 50)

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from schemas.base import digest
 from schemas.dmd import DmdConfig
-from schemas.manifest import Latents, Lineage, Manifest, Pairs, Teacher
+from schemas.manifest import Latents, Manifest, Pairs, Teacher
+from schemas.pairs import PairsConfig
+from stages import pairs
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.exact import GaussianMixtureDenoiser
 from stages.diffusion.prediction import PREDICTION_TYPES, PredictionType
@@ -80,10 +78,10 @@ class Judging:
 class MadeUpPairs:
     """Noise and what some map makes of it."""
 
-    def __init__(self, pairs: int = 64) -> None:
+    def __init__(self, count: int = 64) -> None:
         random = torch.Generator().manual_seed(13)
-        self.noise = torch.randn(pairs, *SHAPE, generator=random)
-        self.components = torch.randint(3, (pairs,), generator=random)
+        self.noise = torch.randn(count, *SHAPE, generator=random)
+        self.components = torch.randint(3, (count,), generator=random)
         self.outputs = MEANS[self.components] + 0.3 * self.noise
 
     def __len__(self) -> int:
@@ -121,31 +119,7 @@ def a_matching(settings: DmdConfig, kind: str = "epsilon") -> DistributionMatchi
     )
 
 
-def make_pairs(folder: Path, teacher: Manifest[Teacher], latents: Manifest[Latents], count: int = 10) -> Manifest[Pairs]:
-    """An artifact of pairs on the store in `folder`: random noise, and another random draw as what the teacher made of it."""
-    random = torch.Generator().manual_seed(17)
-    shape = latents.content.latent_shape
-    target = folder / f"pairs-{teacher.identity[:8]}"
-    target.mkdir()
-    tensors = {name: torch.randn(count, *shape, generator=random) for name in ("noise", "outputs")}
-    save_file(tensors, target / "pairs-00000.safetensors")
-    rows = list(range(count))
-    captions = [artifacts.CAPTIONS[row] for row in rows]
-    index = {"pair": rows, "shard": ["pairs-00000.safetensors"] * count, "row": rows, "sample": rows, "caption": captions}
-    pq.write_table(pa.table(index), target / "index.parquet")
-    content = Pairs(
-        pairs=count,
-        shards=1,
-        latent_shape=shape,
-        teacher=teacher.identity,
-        latents=latents.identity,
-        time_ids=(16, 16, 0, 0, 16, 16) if teacher.content.architecture == "StableDiffusionXLPipeline" else None,
-        sampler="ddim",
-        steps=4,
-        guidance_scale=3.0,
-        seed=0,
-        batch_size=count,
-        shard_pairs=count,
-    )
-    lineage = Lineage(stage="test", node="test", revision=1, config={}, inputs={})
-    return artifacts.open_store(folder).publish(target, identity=digest(["pairs", teacher.identity]), content=content, lineage=lineage)
+def make_pairs(folder: Path, teacher: Manifest[Teacher], latents: Manifest[Latents]) -> Manifest[Pairs]:
+    """What the stage `pairs` makes of a tiny teacher, on the store in `folder`."""
+    settings = PairsConfig(count=10, sampler="ddim", steps=2, guidance_scale=3.0, batch_size=5)
+    return pairs.run(settings, pairs.Inputs(teacher=teacher, latents=latents), artifacts.workspace(folder, config=settings))

@@ -92,6 +92,7 @@ def made(place: Place, settings: Any) -> Manifest[Any]:
 
 
 DMD2 = {"regression": None, "gan": {}, "fake_updates": 2}
+LOOKS = {"every": 1, "images": 4, "teacher_steps": 2, "extractor": "efficientnet-lite0", "grid_images": 2, "batch_size": 4}
 
 
 def drawn(place: Place, student: Manifest[Any]) -> tuple[UNetDenoiser, TeacherPipeline, Any]:
@@ -124,7 +125,9 @@ def test_a_one_step_student_is_drawn_at_its_timestep(sdxl: Place, timestep: int)
 
 
 def test_a_student_of_several_steps_is_drawn_as_it_was_trained(sdxl: Place) -> None:
-    student = made(sdxl, config(steps=4, training_steps=2, **DMD2))
+    student = made(sdxl, config(steps=4, training_steps=2, watch=LOOKS, alarms={"latent_std_band": [0.01, 100]}, **DMD2))
+    assert student.content.best_step in (1, 2)
+    assert {"grids/step-000001.png", "grids/step-000002.png", "report.html"} <= {entry.path for entry in student.files}
     assert student.content.timesteps == {4: (999, 749, 499, 249)} and student.content.method == "dmd2"
     denoiser, pipeline, scheduler = drawn(sdxl, student)
     assert scheduler.config.original_inference_steps == 4

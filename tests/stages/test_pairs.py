@@ -1,23 +1,29 @@
 """`pairs` with tiny random teachers: parity with diffusers' pipelines, the reader, processes that die, what is refused."""
 
 import pickle
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import diffusers
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from infra.store import ArtifactStore
 from schemas.errors import BadInput, RunFailed
+from schemas.lcm import LcmConfig
+from schemas.lightning import LinkConfig
 from schemas.loading import parse_recipe
 from schemas.manifest import Latents, Manifest, Pairs, Teacher
 from schemas.pairs import PairsConfig
+from stages import lcm, lightning
 from stages.diffusion.sampling import image_generator
 from stages.pairs import Inputs, PairSet, preflight, run
 from stages.pairs import stage as stage_module
@@ -191,6 +197,25 @@ def test_what_is_kept_is_not_drawn_again(place: Place, made: Manifest[Pairs], mo
     assert drawn == [*range(13), *range(10, 17)]
 
 
+def test_text_that_is_made_on_the_fly_is_made_when_it_is_drawn(place: Place, made: Manifest[Pairs], tmp_path: Path) -> None:
+    source = place.store.fetch(place.latents)
+    kept = {name: tensor for name, tensor in load_file(source / "latents-00000.safetensors").items() if name in ("latents", "time_ids")}
+    save_file(kept, tmp_path / "latents-00000.safetensors")
+    shutil.copyfile(source / "unconditional.safetensors", tmp_path / "unconditional.safetensors")
+    index = pq.read_table(source / "index.parquet")
+    none = {"text_shard": pa.nulls(len(CAPTIONS), pa.string()), "text_row": pa.nulls(len(CAPTIONS), pa.int64())}
+    for name, column in none.items():
+        index = index.set_column(index.column_names.index(name), name, column)
+    pq.write_table(index, tmp_path / "index.parquet")
+    content = place.latents.content.model_copy(update={"text": "on_the_fly"})
+    latents = make_workspace(place.folder, place.store, identity="on the fly").publish(tmp_path, content)
+    pairs = place.open(replace(place, latents=latents).run("of text on the fly"))
+    (noise, outputs, text), expected = pairs.pairs(range(17)), place.open(made).pairs(range(17))
+    assert torch.equal(noise, expected[0])
+    torch.testing.assert_close(outputs, expected[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(text.prompt_embeds, expected[2].prompt_embeds, rtol=1e-4, atol=1e-5)
+
+
 def test_processes_are_no_part_of_the_identity_and_the_batch_is() -> None:
     assert CONFIG.model_copy(update={"processes": 8}).identity_fields() == CONFIG.identity_fields()
     assert CONFIG.model_copy(update={"batch_size": None}).identity_fields() != CONFIG.identity_fields()
@@ -234,6 +259,14 @@ class TestBatchOfADevice:
         assert {part.name: part.note for part in workspace.parts()}["batch-size"] == {"pairs": 4}
         expected = place.run("by four", batch_size=4, shard_pairs=16)
         assert hashes(found) == hashes(expected)
+
+    def test_a_run_that_goes_on_on_a_cpu_keeps_the_batch_of_the_gpu(self, place: Place) -> None:
+        workspace = make_workspace(place.folder, place.store, identity="gone on with", seed=7)
+        (place.folder / "empty").mkdir(exist_ok=True)
+        workspace.save_part("batch-size", place.folder / "empty", {"pairs": 2})
+        found = place.run("gone on with", batch_size=None, count=5)
+        assert found.content.batch_size == 2
+        assert place.run("cpu", batch_size=None, count=5).content.batch_size == 16
 
     def test_where_one_pair_does_not_fit_it_says_what_helps(self, place: Place, made: Manifest[Pairs]) -> None:
         drawer = Drawer(place.store.fetch(place.teacher), made.content, "cpu")
@@ -318,3 +351,38 @@ def test_the_recipe_knows_how_often_the_network_is_called(sampler: Any, steps: i
     scheduler.set_timesteps(steps)
     assert config.network_calls == len(scheduler.timesteps)
     assert config.passes == 2 * config.network_calls and config.model_copy(update={"guidance_scale": 1}).passes == config.network_calls
+
+
+class TestTrainingOnThem:
+    SETTINGS: Final[Mapping[str, Any]] = {"training_steps": 2, "batch_size": 4, "optimizer": {"learning_rate": 1e-3}}
+
+    def loss(self, place: Place, latents: Manifest[Any], method: str) -> list[float]:
+        workspace = make_workspace(place.folder, place.store, identity=f"{method} on {latents.kind}")
+        if method == "lightning":
+            link = LinkConfig.model_validate(dict(self.SETTINGS) | {"teacher_steps": 8, "steps": 4, "guidance_scale": 6.0})
+            student = lightning.run(link, lightning.Inputs(teacher=place.teacher, latents=latents), workspace)
+        else:
+            config = LcmConfig.model_validate(dict(self.SETTINGS) | {"lora_rank": 4, "lora_alpha": 4, "steps": [4], "warmup_steps": 0})
+            student = lcm.run(config, lcm.Inputs(teacher=place.teacher, latents=latents), workspace)
+        found: list[float] = pq.read_table(place.store.fetch(student) / "metrics.parquet")["student.loss"].to_pylist()
+        return found
+
+    @pytest.mark.parametrize("method", ["lightning", "lcm"])
+    def test_a_student_learns_from_what_the_teacher_drew(self, place: Place, made: Manifest[Pairs], method: str) -> None:
+        assert self.loss(place, made, method) != self.loss(place, place.latents, method)
+
+    def test_the_recipe_says_so_and_nothing_else_changes(self) -> None:
+        data: dict[str, Any] = {"name": "x", "ingest": {"table": "t"}, "teacher": {"source": "t"}, "pairs": {}}
+        students: dict[str, Any] = {"lightning": {"chain": [8, 4]}, "lcm": {}}
+        plain = {node.name: node for node in nodes_of(parse_recipe(data | students))}
+        drawn = {
+            node.name: node for node in nodes_of(parse_recipe(data | {name: s | {"latents": "pairs"} for name, s in students.items()}))
+        }
+        assert {name for name in plain if plain[name].inputs != drawn[name].inputs} == {"lightning-8-4", "lcm"}
+        for name, node in plain.items():
+            assert node.config.identity_fields() == drawn[name].config.identity_fields()
+            assert "latents" not in node.config.identity_fields()
+            assert drawn[name].inputs == node.inputs | ({"latents": "pairs"} if name in ("lightning-8-4", "lcm") else {})
+        for name, section in students.items():
+            with pytest.raises(BadInput, match=rf"{name}\.latents: found 'pairs'; no stage draws them: expected a section pairs"):
+                parse_recipe({key: value for key, value in data.items() if key != "pairs"} | {name: section | {"latents": "pairs"}})
