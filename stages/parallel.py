@@ -1,5 +1,7 @@
 """Maps over processes for work that is bound by Python or by libraries that hold its lock. Results come in the order of the items."""
 
+import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,9 +12,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import Synchronized
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 from schemas.errors import RunFailed
+
+logger = logging.getLogger(__name__)
 
 _AHEAD: Final = 3
 """Items of `stream_processes` begun ahead for each process, so that none waits while the caller keeps a result or fetches an item."""
@@ -59,6 +63,43 @@ def stream_processes(function: Callable[[Item], Result], items: Iterable[Item], 
         raise _died(function) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def devices_of(device: str, processes: int, field: str) -> tuple[str, ...]:
+    """One device for each process: all that `cuda` has, as far as there are processes for them; else the one that is named.
+
+    `field` is the recipe's, for the warning where there are more processes than devices.
+    """
+    if device != "cuda" or processes == 1:
+        return (device,)
+    import torch  # noqa: PLC0415 - seconds, and maps without networks do not need it
+
+    found = torch.cuda.device_count()
+    if processes > found:
+        logger.warning("%s = %d: this machine has %d CUDA device(s), and each gets one process", field, processes, found)
+    return tuple(f"cuda:{number}" for number in range(min(found, processes)))
+
+
+class OnePerProcess(Generic[Result]):
+    """What a process makes once for many items of a map, such as a loaded network: the one that was last asked for."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Result] = {}
+
+    def get(self, key: str, make: Callable[[], Result]) -> Result:
+        """The one of that key, made where it is not the one that is held."""
+        if key not in self._held:
+            self._held.clear()
+            self._held[key] = make()
+        return self._held[key]
+
+    def clear(self) -> None:
+        """Let it go, and the memory of devices with it."""
+        import torch  # noqa: PLC0415
+
+        self._held.clear()
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing, where there is no CUDA
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -55,7 +55,16 @@ class Chain:
         named = {name.replace("_", "-"): manifest for name, manifest in students.items()}
         return {"teacher": self.teacher, "latents": self.latents, "images": self.images, "selection": self.selection, "students": named}
 
-    def unet(self, steps: int, *, change: float = 0.05, prediction_type: str | None = None, told: bool = False, **more: Any) -> Any:
+    def unet(
+        self,
+        steps: int,
+        *,
+        change: float = 0.05,
+        prediction_type: str | None = None,
+        told: bool = False,
+        stage: str | None = None,
+        **more: Any,
+    ) -> Any:
         """A student of `steps` steps: the teacher's UNet, every weight moved a little."""
         unet = copy.deepcopy(self.pipeline.unet)
         if told:
@@ -71,8 +80,8 @@ class Chain:
         with tempfile.TemporaryDirectory() as name:
             unet.save_pretrained(Path(name) / "unet", safe_serialization=True)
             _write_metrics(Path(name))
-            stage = "lcm" if told else "lightning"
-            return self._publish(Path(name), stage, stage if told else f"lightning-8-{steps}", content)
+            stage = stage or ("lcm" if told else "lightning")
+            return self._publish(Path(name), stage, f"lightning-8-{steps}" if stage == "lightning" else stage, content)
 
     def told(self, steps: int) -> Any:
         """An LCM of one step count whose UNet is told the guidance scale: 8.5, of 3 to 15."""

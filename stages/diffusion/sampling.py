@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -21,17 +28,24 @@ SAMPLERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "trailing": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "lcm": (LCMScheduler, {}),
     LCM_TRAILING: (LCMScheduler, {}),
+    "ddim": (DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}),
+    "pndm": (PNDMScheduler, {"timestep_spacing": "trailing", "skip_prk_steps": True, "set_alpha_to_one": True}),
+    "heun": (HeunDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "dpmpp": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}),
 }
 """Scheduler class and settings by sampler. `trailing`: Euler (the same moves as DDIM) on the trailing grid, as SDXL-Lightning is sampled (arXiv
 2402.13929, 3.5); `lcm`: multistep consistency sampling with a grid of 50 points; `lcm-trailing`: with a grid of as many points as there are steps,
-which is the trailing one, as DMD2's students are sampled (arXiv 2405.14867, 4.4)."""
+which is the trailing one, as DMD2's students are sampled (arXiv 2405.14867, 4.4). The others are a teacher's, deterministic, from pure noise on the
+trailing grid to the clean state: DDIM (arXiv 2010.02502), PNDM without its Runge-Kutta steps (arXiv 2202.09778), Heun (arXiv 2206.00364),
+DPM-Solver++ of second order, multistep (arXiv 2211.01095)."""
 
 
 def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction_type: str, grid: Sequence[int] = ()) -> Any:
     """The diffusers scheduler to sample with and to publish: the teacher's noise schedule, everything else the sampler's own.
 
     A teacher's own sampler settings (Karras sigmas, clipping, step offset) are left behind. For a `grid` of timesteps, descending, that begins below
-    T - 1 the schedule ends where the grid begins, so that plain pipelines begin there too. Raises `BadInput` for an unknown sampler.
+    T - 1 the schedule ends where the grid begins, so that plain pipelines begin there too. Raises `BadInput` for an unknown sampler, and for one
+    whose scheduler cannot have the teacher's noise schedule.
     """
     if sampler not in SAMPLERS:
         raise BadInput(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
@@ -41,7 +55,28 @@ def make_scheduler(sampler: str, scheduler_config: Mapping[str, Any], prediction
     kind, settings = SAMPLERS[sampler]
     if sampler == LCM_TRAILING:
         settings = {"original_inference_steps": len(grid)}
+    known = inspect.signature(kind.__init__).parameters
+    for key in [key for key in schedule if key not in known]:
+        if schedule.pop(key):
+            able = [name for name, (other, _) in SAMPLERS.items() if key in inspect.signature(other.__init__).parameters]
+            raise BadInput(f"sampler {sampler!r}: knows no {key}, which the teacher's schedule has; expected one of {', '.join(able)}")
     return kind(**schedule, **settings, prediction_type=prediction_type)
+
+
+def check_sampler(sampler: str, scheduler_config: Mapping[str, Any], prediction_type: str, steps: int) -> None:
+    """Raise `BadInput` unless the sampler can take `steps` steps of the teacher's schedule on the trailing grid with its prediction type."""
+    scheduler = make_scheduler(sampler, scheduler_config, prediction_type)
+    scheduler.set_timesteps(steps)
+    train_timesteps = scheduler.config.num_train_timesteps
+    if train_timesteps % steps:
+        raise BadInput(
+            f"sampler {sampler!r}: {steps} steps leave its grid; expected a divisor of {train_timesteps}, the teacher's timesteps"
+        )
+    nothing = torch.zeros(1, 1, 1, 1)
+    try:
+        scheduler.step(nothing, scheduler.timesteps[0], nothing)
+    except (ValueError, NotImplementedError) as error:
+        raise BadInput(f"sampler {sampler!r}: cannot take a teacher of prediction_type {prediction_type} ({error})") from error
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from stages.diffusion.facts import read_config
 from stages.diffusion.pipeline import Part, TeacherPipeline
 from stages.encode.crop import Crop, centre_crop, crop_pixels, random_crop
 from stages.encode.order import Order
-from stages.parallel import worker_rank
+from stages.kept_shards import INDEX
+from stages.parallel import OnePerProcess, worker_rank
 from stages.pictures import BrokenPictureError, decode_rgb
 from stages.selected import read_picture
 from stages.shards import Sample, shard_names
@@ -41,7 +42,6 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-INDEX: Final = "index.parquet"
 INDEX_SCHEMA: Final = pa.schema(
     [
         ("shard", pa.string()),
@@ -215,24 +215,23 @@ def vae_dtype(config: EncodeConfig, teacher: Path) -> torch.dtype:
     return torch.float32 if read_config(teacher, "vae").get("force_upcast", True) else torch.bfloat16
 
 
-_encoders: dict[str, ShardEncoder] = {}
-"""This process's one encoder, by the identity of what it works on: it is loaded once for many shards."""
+_encoder: OnePerProcess[ShardEncoder] = OnePerProcess()
+"""By the identity of what it works on."""
 
 
 def loaded_encoder(work: Work) -> ShardEncoder:
     """This process's encoder, loaded at its first shard."""
-    if work.workspace.identity not in _encoders:
-        _encoders.clear()
+
+    def load() -> ShardEncoder:
         torch.set_num_threads(work.threads)
-        _encoders[work.workspace.identity] = ShardEncoder(work, work.devices[worker_rank() % len(work.devices)])
-    return _encoders[work.workspace.identity]
+        return ShardEncoder(work, work.devices[worker_rank() % len(work.devices)])
+
+    return _encoder.get(work.workspace.identity, load)
 
 
 def unload_encoder() -> None:
     """Let the encoder's memory go."""
-    _encoders.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    _encoder.clear()
 
 
 def _index_row(at: tuple[str, int], place: dict[str, Any], sample: Sample, crop: Crop, config: EncodeConfig) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
@@ -20,7 +19,6 @@ from stages.diffusion.facts import inspect
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.encode.order import check_sizes, without_elongated, write_order
 from stages.encode.shard import (
-    INDEX,
     INDEX_SCHEMA,
     Work,
     encode_shard,
@@ -30,7 +28,9 @@ from stages.encode.shard import (
     unload_encoder,
 )
 from stages.encoded_size import EncodedSize, encoded_size, human
-from stages.parallel import map_processes
+from stages.fitting import fitted_once
+from stages.kept_shards import processes_for_shards, publish_shards, shards_left
+from stages.parallel import devices_of, map_processes
 from stages.selected import SelectedPictures
 from stages.teacher import check_resolution
 from stages.workspace import Workspace
@@ -43,8 +43,6 @@ _PIXELS_TRIED: Final = 8 * 2**20
 """Of `batch_size: auto` on a device whose memory is tried first."""
 _LARGEST_SHARD: Final = 5 * 10**9
 """Bytes: what S3 copies in one call, and a process's memory has to hold."""
-_FOUND: Final = "batch-size"
-"""The part that keeps what the trial found, so that a run that goes on elsewhere in memory makes the same bits."""
 
 
 class Inputs(Model):
@@ -82,7 +80,7 @@ def run(config: EncodeConfig, inputs: Inputs, workspace: Workspace) -> Manifest[
                 order=order,
                 workspace=replace(workspace, progress=NullProgress()),
                 side=side,
-                devices=devices_of(workspace.device, config.processes),
+                devices=devices_of(workspace.device, config.processes, "encode.processes"),
                 threads=torch.get_num_threads(),
                 pictures_at_once=first_batch(config, workspace.device, side),
             ),
@@ -116,12 +114,10 @@ def _shard_samples(size: EncodedSize, config: EncodeConfig) -> int:
 def _encode_all(work: Work, workspace: Workspace) -> None:
     """Make the shards that are not kept yet, by as many processes as were asked for and have a device."""
     order = work.order
-    done = {part.name for part in workspace.parts()}
-    left = [number for number in range(order.shards) if shard_name(number) not in done]
+    left = shards_left([shard_name(number) for number in range(order.shards)], workspace)
     if not left:
         return
-    asked = work.config.processes
-    processes = min(len(left), asked, len(work.devices) if workspace.device.startswith("cuda") else asked)
+    processes = processes_for_shards(left, work.config.processes, work.devices, workspace.device)
     try:
         work = _fitted(work, workspace)
         if processes > 1:
@@ -132,16 +128,6 @@ def _encode_all(work: Work, workspace: Workspace) -> None:
             workspace.progress.update(samples, order.samples, "samples")
     finally:
         unload_encoder()
-
-
-def devices_of(device: str, processes: int) -> tuple[str, ...]:
-    """One device for each process: all that `cuda` has, as far as there are processes for them; else the one that is named."""
-    if device != "cuda" or processes == 1:
-        return (device,)
-    found = torch.cuda.device_count()
-    if processes > found:
-        logger.warning("encode.processes = %d: this machine has %d CUDA device(s), and each gets one process", processes, found)
-    return tuple(f"cuda:{number}" for number in range(min(found, processes)))
 
 
 def first_batch(config: EncodeConfig, device: str, side: int) -> int:
@@ -155,12 +141,8 @@ def _fitted(work: Work, workspace: Workspace) -> Work:
     """The same work with the batch that fits memory, found once for all processes and runs; only where that was left open."""
     if work.config.batch_size != "auto" or workspace.device == "cpu":
         return work
-    found = next((part.note["pictures"] for part in workspace.parts() if part.name == _FOUND), None)
-    if not isinstance(found, int):
-        found = loaded_encoder(work).fitting()
-        with workspace.folder("nothing") as folder:
-            workspace.save_part(_FOUND, folder, {"pictures": found})
-        logger.info("encode: %d pictures of %d px at once fit the memory of %s", found, work.side, work.devices[0])
+    found = fitted_once(workspace, "pictures", lambda: loaded_encoder(work).fitting())
+    logger.info("encode: %d pictures of %d px at once fit the memory of %s", found, work.side, work.devices[0])
     return replace(work, pictures_at_once=found)
 
 
@@ -169,14 +151,7 @@ def _unconditional(teacher: Path, device: str) -> Conditioning:
 
 
 def _publish(content: Latents, unconditional: Conditioning, config: EncodeConfig, workspace: Workspace) -> Manifest[Latents]:
-    """Join the shards' indices and make the artifact of the kept shards."""
-    parts = {part.name: part for part in workspace.parts()}
-    names = [shard_name(number) for number in range(content.shards)]
+    """Make the artifact of the kept shards."""
     with workspace.folder("artifact") as folder:
-        with pq.ParquetWriter(folder / INDEX, INDEX_SCHEMA) as index:
-            for name in names:
-                with workspace.folder("part") as place:
-                    index.write_table(pq.read_table(workspace.load_part(parts[name], place, [INDEX]) / INDEX))
         save_file(text_tensors(unconditional, config), folder / "unconditional.safetensors")
-        shards = {f"{name}.safetensors": (parts[name], f"{name}.safetensors") for name in names}
-        return workspace.publish(folder, content, shards)
+        return publish_shards(content, [shard_name(number) for number in range(content.shards)], INDEX_SCHEMA, folder, workspace)

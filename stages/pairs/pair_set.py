@@ -3,22 +3,21 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from schemas.errors import BadInput, CorruptArtifact
 from schemas.manifest import Latents, Manifest, Pairs, Teacher
 from stages.diffusion.conditioning import Conditioning
+from stages.kept_shards import INDEX
 from stages.latents import LatentSet
 from stages.mapped_shards import MappedShards, Places, checked_indices
+from stages.pairs.draw import time_ids_of
 from stages.workspace import Workspace
-
-INDEX: Final = "index.parquet"
 
 
 class PairSet:
@@ -82,11 +81,6 @@ class PairSet:
     def unconditional(self, batch: int, time_ids: Tensor | None = None) -> Conditioning:
         """The conditioning of no text, `batch` times, with the given time ids (B, 6) or (1, 6)."""
         return self._texts.unconditional(batch, time_ids)
-
-
-def time_ids_of(content: Pairs) -> Tensor | None:
-    """(1, 6) float32, what an SDXL-type teacher was told of size and crop; else None."""
-    return None if content.time_ids is None else torch.tensor([content.time_ids], dtype=torch.float32)
 
 
 def encoded_set(pairs: Manifest[Pairs], workspace: Workspace) -> Manifest[Latents]:

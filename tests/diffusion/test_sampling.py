@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from schemas.errors import BadInput
+from schemas.lightning import trailing_timesteps
 from stages.diffusion.denoiser import UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import prediction_type
-from stages.diffusion.sampling import draw_noise, image_generator, make_scheduler, sample, starting_noise
+from stages.diffusion.sampling import check_sampler, draw_noise, image_generator, make_scheduler, sample, starting_noise
 from tests import tiny_pipelines
 
 PROMPTS = ["the red cat", "a dog"]
@@ -104,8 +105,29 @@ def test_a_teachers_own_sampler_settings_are_left_behind() -> None:
     euler, lcm = (make_scheduler(sampler, config, "epsilon") for sampler in ("trailing", "lcm"))
     assert (euler.config.use_karras_sigmas, euler.config.timestep_spacing, euler.config.beta_schedule) == (False, "trailing", "linear")
     assert (lcm.config.clip_sample, lcm.config.original_inference_steps) == (False, 50)
-    with pytest.raises(BadInput, match="'heun'"):
-        make_scheduler("heun", config, "epsilon")
+    with pytest.raises(BadInput, match="sampler 'unipc': expected one of trailing, lcm, ddim, pndm, heun, dpmpp"):
+        make_scheduler("unipc", config, "epsilon")
+
+
+def test_a_sampler_that_cannot_take_the_teacher_is_refused() -> None:
+    for sampler in ("ddim", "pndm", "heun", "dpmpp"):
+        for prediction in ("epsilon", "v_prediction"):
+            check_sampler(sampler, {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False}, prediction, 50)
+        with pytest.raises(BadInput, match="30 steps leave its grid; expected a divisor of 1000"):
+            check_sampler(sampler, {}, "epsilon", 30)
+    for sampler in ("pndm", "heun"):
+        with pytest.raises(BadInput, match=r"knows no rescale_betas_zero_snr, .*; expected one of trailing, lcm, ddim, dpmpp"):
+            check_sampler(sampler, {"rescale_betas_zero_snr": True}, "v_prediction", 50)
+    with pytest.raises(BadInput, match="sampler 'pndm': cannot take a teacher of prediction_type sample"):
+        check_sampler("pndm", {}, "sample", 50)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 10), ("pndm", 11), ("heun", 19), ("dpmpp", 10)])
+def test_a_teachers_sampler_walks_the_trailing_grid_from_pure_noise(sampler: str, calls: int) -> None:
+    scheduler = make_scheduler(sampler, {}, "epsilon")
+    scheduler.set_timesteps(10)
+    found = [int(timestep) for timestep in scheduler.timesteps]
+    assert list(dict.fromkeys(found)) == list(trailing_timesteps(10)) and len(found) == calls
 
 
 def test_noise_of_an_image_depends_on_seed_and_index_alone() -> None:

@@ -151,7 +151,7 @@ def test_each_mistake_of_an_adversarial_chain_names_its_place(section: str, expe
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        ("dmd: {}\n", "dmd.regression: found None; regression and warm_up read the teacher's pairs: expected a section pairs"),
+        ("dmd: {}\n", "dmd.regression (line 13): found None; regression and warm_up read the teacher's pairs: expected a section pairs"),
         ("dmd: {guidance_scale: 8}\npairs: {}\n", "dmd.guidance_scale (line 13): found 8.0; pairs and real score are guided alike"),
         (
             "dmd: {regression: null, batch_size: 9, accumulation_steps: 2}\n",

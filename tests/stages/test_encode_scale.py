@@ -39,6 +39,7 @@ from stages.encode.order import shuffled, text_places
 from stages.encode_cost import EncodeCost
 from stages.encoded_size import EncodedSize, encoded_size, human, size_of_trained
 from stages.latents import LatentSet
+from stages.parallel import devices_of
 from stages.training.latent_batches import reader
 from tests.services import ObjectStore
 from tests.stages.killed import Job, parts_of, start
@@ -128,11 +129,11 @@ def test_processes_and_devices_are_no_part_of_the_identity_and_the_batch_is() ->
 
 def test_each_process_gets_a_device(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert stage_module.devices_of("cuda", 3) == ("cuda:0", "cuda:1", "cuda:2")
-    assert stage_module.devices_of("cuda:2", 3) == ("cuda:2",)
-    assert stage_module.devices_of("cpu", 3) == ("cpu",)
+    assert devices_of("cuda", 3, "encode.processes") == ("cuda:0", "cuda:1", "cuda:2")
+    assert devices_of("cuda:2", 3, "encode.processes") == ("cuda:2",)
+    assert devices_of("cpu", 3, "encode.processes") == ("cpu",)
     with caplog.at_level(logging.WARNING):
-        assert len(stage_module.devices_of("cuda", 9)) == 4
+        assert len(devices_of("cuda", 9, "encode.processes")) == 4
     assert "this machine has 4 CUDA device(s)" in caplog.text
 
 

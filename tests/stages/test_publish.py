@@ -40,12 +40,7 @@ class Published:
 
     def __init__(self, folder: Path, kind: Kind) -> None:
         self.chain = Chain(open_store(folder), kind)
-        self.students = {
-            "lightning-8-4": self.chain.unet(4),
-            "lightning-2-1": self.chain.unet(1, prediction_type="sample"),
-            "lcm": self.chain.lora(),
-            "lcm-whole": self.chain.told(5),
-        }
+        self.students = self.make_students()
         inputs = self.chain.inputs() | {"students": self.students}
         workspace = make_workspace(folder, self.chain.store, identity="evaluation")
         self.evaluation: Any = evaluate.run(EVALUATE, evaluate.Inputs.model_validate(inputs), workspace)
@@ -53,6 +48,15 @@ class Published:
         self.inputs = {"teacher": self.chain.teacher, "students": self.students, "styles": styles, "evaluation": self.evaluation}
         self.manifest = self.run(folder, PUBLISH, "published")
         self.folder = self.chain.store.fetch(self.manifest)
+
+    def make_students(self) -> dict[str, Any]:
+        """By node name."""
+        return {
+            "lightning-8-4": self.chain.unet(4),
+            "lightning-2-1": self.chain.unet(1, prediction_type="sample"),
+            "lcm": self.chain.lora(),
+            "lcm-whole": self.chain.told(5),
+        }
 
     def run(self, folder: Path, config: PublishConfig, identity: str) -> Any:
         return publish.run(config, publish.Inputs.model_validate(self.inputs), make_workspace(folder, self.chain.store, identity=identity))
