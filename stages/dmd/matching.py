@@ -30,10 +30,15 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 class Judge(Protocol):
     """A head on the fake score's bottleneck."""
 
-    parameters: Mapping[str, torch.nn.Parameter]
-    """The head's own, by name."""
-    tensors: Mapping[str, Tensor]
-    """The live tensors of the head that a checkpoint must hold."""
+    @property
+    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """The head's own, by name."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The live tensors of the head that a checkpoint must hold."""
+        ...
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Logits (B,) of being real of x_t (B, C, h, w) at timesteps (B,) long."""
