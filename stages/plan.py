@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from schemas.base import Model, digest
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig
+from schemas.evaluation import PERCEPTUAL, EvaluateConfig
 from schemas.recipe import Recipe
 from stages.registry import stage
 
@@ -101,7 +101,8 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
         students.append("lcm")
     if recipe.dmd is not None:
-        inputs = {"teacher": teacher, "latents": "encode"} | ({"pairs": "pairs"} if recipe.dmd.reads_pairs else {})
+        inputs = {"teacher": teacher, "latents": "encode"}
+        inputs |= {"pairs": "pairs"} if recipe.dmd.reads_pairs else {}
         regression = recipe.dmd.regression
         places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
         nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places)))
@@ -121,7 +122,11 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
 
 
 def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
-    places = _outside(prompts=config.prompts, clip_model=config.clip_model if "clip_score" in config.metrics else None)
+    places = _outside(
+        prompts=config.prompts,
+        clip_model=config.clip_model if "clip_score" in config.metrics else None,
+        perceptual_vgg=config.perceptual.vgg if PERCEPTUAL & set(config.metrics) else None,
+    )
     for entry in config.transfer:
         places |= entry.outside()
     return places
