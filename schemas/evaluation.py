@@ -1,7 +1,7 @@
 """Recipe sections that measure and hand out: `evaluate`, `publish`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import model_validator
 
@@ -111,6 +111,18 @@ class ReferenceConfig(Model):
     """null: no patches."""
 
 
+class PerceptualConfig(Model):
+    """`evaluate.perceptual`: how the metrics `lpips` and `diversity` compare two pictures."""
+
+    distance: Literal["lpips", "lpips-efficientnet-lite0"] = "lpips"
+    """`lpips`: with VGG-16 (arXiv 1801.03924). `lpips-efficientnet-lite0`: the same form, its heads all one, with the network that a package
+    carries."""
+    vgg: Annotated[str | None, NotIdentity] = None
+    """File with torchvision's VGG-16 weights (.pth or .safetensors), for `lpips`. Identity has its content. null: torchvision downloads them."""
+    size_px: PositiveInt | None = None
+    """Side that pictures are resized to, bilinearly, before they are compared. null: as they are."""
+
+
 class EvaluateConfig(Model):
     """`evaluate`: teacher and students on the same prompts and seeds, with FID and other metrics, grids and a report."""
 
@@ -129,7 +141,8 @@ class EvaluateConfig(Model):
     """Feature network of the FID. `inception`: clean-fid's own, downloaded at first use. `efficientnet-lite0`: carried by a package."""
     metrics: tuple[MetricGroup, ...] = ("fid",)
     """What is measured, against real images and against other samples of the teacher: FID; `patch_fid` of a crop of the centre; KID; precision and
-    recall; density and coverage. `clip_score`: pictures against their prompts, by `clip_model`."""
+    recall; density and coverage. `clip_score`: pictures against their prompts, by `clip_model`. `lpips`: pictures against the reference's of the same
+    prompt and noise; `diversity`: those of one prompt against each other; both by `perceptual`."""
     resize_px: PositiveInt | None = None
     """Side of the squares, cropped from the centre and resized by Lanczos, that are shown to the feature network. null: the teacher's resolution."""
     reference: Annotated[str | None, NotIdentity] = None
@@ -141,6 +154,8 @@ class EvaluateConfig(Model):
     """CLIP model in transformers' layout: folder, address or hub id. Identity has its content."""
     clip_prefix: str = ""
     """Text before every prompt for the CLIP score, with its space."""
+    perceptual: PerceptualConfig = PerceptualConfig()
+    """The distance of `lpips` and `diversity`."""
     resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
     """Resamples of the bootstrap behind every interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -180,6 +195,10 @@ def _transfers_have_names_of_their_own(config: EvaluateConfig) -> Iterator[Mista
             yield ("transfer", number, "name"), name, "an entry before it has this name: expected another"
 
 
+PERCEPTUAL: Final = frozenset({"lpips", "diversity"})
+"""Metrics that `evaluate.perceptual` is for."""
+
+
 def _metrics_can_be_computed(config: EvaluateConfig) -> Iterator[Mistake]:
     if "fid" not in config.metrics:
         yield ("metrics",), list(config.metrics), "expected fid among them: the report ranks rows by it"
@@ -187,6 +206,8 @@ def _metrics_can_be_computed(config: EvaluateConfig) -> Iterator[Mistake]:
         yield ("metrics",), list(config.metrics), "expected each of them once"
     if "clip_score" in config.metrics and config.clip_model is None:
         yield ("clip_model",), None, "metrics has clip_score: expected a folder, address or hub id of a CLIP model"
+    if "diversity" in config.metrics and config.images_per_prompt < 2:
+        yield ("images_per_prompt",), config.images_per_prompt, "metrics has diversity: expected at least 2"
 
 
 EvaluateConfig.cross_checks = (_transfers_have_names_of_their_own, _metrics_can_be_computed)

@@ -7,7 +7,7 @@ papers under one, are not comparable.
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-MetricGroup = Literal["fid", "patch_fid", "kid", "precision_recall", "density_coverage", "clip_score"]
+MetricGroup = Literal["fid", "patch_fid", "kid", "precision_recall", "density_coverage", "clip_score", "lpips", "diversity"]
 """What is computed together."""
 
 Protocol = Literal["lightning-coco10k", "dmd-coco30k", "dmd2-coco10k", "tiny"]
@@ -46,11 +46,12 @@ PROTOCOLS: Final[Mapping[Protocol, Mapping[str, Any]]] = {
         "clip_model": _CLIP_G,
         "clip_prefix": "A photo depicts ",
     },
-    # Every metric that needs no weights from elsewhere, for pictures of 64 px: ours, comparable with nothing.
+    # Every metric that needs no weights from elsewhere and one picture of a prompt, for pictures of 64 px: ours, comparable with nothing.
     "tiny": {
         "prompt_count": 96,
-        "metrics": ("fid", "patch_fid", "kid", "precision_recall", "density_coverage"),
+        "metrics": ("fid", "patch_fid", "kid", "precision_recall", "density_coverage", "lpips"),
         "extractor": "efficientnet-lite0",
         "patch_px": 32,
+        "perceptual": {"distance": "lpips-efficientnet-lite0"},
     },
 }

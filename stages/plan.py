@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from schemas.base import Model, digest
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig
+from schemas.evaluation import PERCEPTUAL, EvaluateConfig
 from schemas.finetune import finetune_run
 from schemas.recipe import Recipe
 from stages.registry import stage
@@ -108,8 +108,7 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         students.append("lcm")
     if recipe.dmd is not None:
         inputs = {"teacher": teacher, "latents": "encode"}
-        if recipe.dmd.reads_pairs:
-            inputs["pairs"] = "pairs"
+        inputs |= {"pairs": "pairs"} if recipe.dmd.reads_pairs else {}
         regression = recipe.dmd.regression
         places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
         nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places)))
@@ -130,7 +129,11 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
 
 
 def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
-    places = _outside(prompts=config.prompts, clip_model=config.clip_model if "clip_score" in config.metrics else None)
+    places = _outside(
+        prompts=config.prompts,
+        clip_model=config.clip_model if "clip_score" in config.metrics else None,
+        perceptual_vgg=config.perceptual.vgg if PERCEPTUAL & set(config.metrics) else None,
+    )
     for entry in config.transfer:
         places |= entry.outside()
     return places

@@ -65,16 +65,17 @@ class PerceptualDistance(nn.Module):
         return total
 
 
-def build(config: RegressionConfig, weights: Path | None = None) -> PerceptualDistance:
-    """The distance that the recipe asks for; `weights` is the file of `regression.vgg` on this machine. Raises `BadInput`."""
-    check_packages(config)
+def build(config: RegressionConfig, weights: Path | None = None, field: str = "dmd.regression") -> PerceptualDistance:
+    """The distance that the recipe asks for; `weights` is the file of `regression.vgg` on this machine. Raises `BadInput`, naming the recipe's
+    `field`."""
+    check_packages(config, field)
     if config.distance == "lpips":
-        return PerceptualDistance(*_vgg(weights), size_px=config.size_px)
+        return PerceptualDistance(*_vgg(weights, field), size_px=config.size_px)
     layers = _efficientnet_lite0()
     return PerceptualDistance(layers, [None] * len(layers), _LITE, config.size_px)
 
 
-def check_packages(config: RegressionConfig) -> None:
+def check_packages(config: RegressionConfig, field: str = "dmd.regression") -> None:
     """Raise `BadInput` where a package that carries weights is missing."""
     needed = {
         "lpips": ("lpips",) if config.vgg is not None else ("lpips", "torchvision"),
@@ -85,14 +86,14 @@ def check_packages(config: RegressionConfig) -> None:
     if missing:
         extra = "evaluate" if config.distance == "lpips" else "demo"
         raise BadInput(
-            f"dmd.regression.distance {config.distance}: {', '.join(missing)} not installed; expected the extra: "
+            f"{field}.distance {config.distance}: {', '.join(missing)} not installed; expected the extra: "
             f"pip install 'diffusion-distillery[{extra}]'"
         )
 
 
-def _vgg(weights: Path | None) -> tuple[list[nn.Module], list[Tensor]]:
+def _vgg(weights: Path | None, field: str) -> tuple[list[nn.Module], list[Tensor]]:
     """VGG-16's blocks, and the heads that `lpips` 0.1 carries."""
-    found = _read_vgg(weights)
+    found = _read_vgg(weights, field)
     modules: list[nn.Module] = []
     blocks, channels = [], 3
     for number, widths in enumerate(_VGG):
@@ -107,7 +108,7 @@ def _vgg(weights: Path | None) -> tuple[list[nn.Module], list[Tensor]]:
     try:
         nn.Sequential(*modules).load_state_dict(features, assign=True)
     except RuntimeError as error:
-        raise BadInput(f"dmd.regression.vgg {weights}: not VGG-16's weights as torchvision names them (features.0.weight, ...)") from error
+        raise BadInput(f"{field}.vgg {weights}: not VGG-16's weights as torchvision names them (features.0.weight, ...)") from error
     package = importlib.util.find_spec("lpips")
     assert package is not None and package.submodule_search_locations, "checked"
     path = Path(next(iter(package.submodule_search_locations))) / "weights" / "v0.1" / "vgg.pth"
@@ -115,7 +116,7 @@ def _vgg(weights: Path | None) -> tuple[list[nn.Module], list[Tensor]]:
     return list(blocks), [heads[f"lin{number}.model.1.weight"] for number in range(len(_VGG))]
 
 
-def _read_vgg(path: Path | None) -> Mapping[str, Tensor]:
+def _read_vgg(path: Path | None, field: str) -> Mapping[str, Tensor]:
     try:
         if path is not None:
             loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
@@ -127,7 +128,7 @@ def _read_vgg(path: Path | None) -> Mapping[str, Tensor]:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         what = ": could not be downloaded" if path is None else f" {path}: cannot be read"
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"dmd.regression.vgg{what} ({first_line}); expected a file with torchvision's VGG-16 weights") from error
+        raise BadInput(f"{field}.vgg{what} ({first_line}); expected a file with torchvision's VGG-16 weights") from error
 
 
 def _efficientnet_lite0() -> list[nn.Module]:

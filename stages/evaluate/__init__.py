@@ -1,4 +1,4 @@
-"""Teacher and students on the same prompts and noise: samples, FID, a grid picture, a report."""
+"""Teacher and students on the same prompts and noise: samples, metrics, a grid picture, a report."""
 
 from infra.torchvision_ops import define_missing_ops
 

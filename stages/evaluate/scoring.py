@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
 from stages.evaluate.metrics.bootstrap import Array, Estimate, Resampling, draws, interval
-from stages.evaluate.metrics.catalogue import CLIP_SCORE, GROUPS, REFERENCES, View
+from stages.evaluate.metrics.catalogue import GROUPS, REFERENCES, View
 from stages.evaluate.metrics.sets import FeatureSet
 from stages.training.randomness import derive_seed
 
@@ -49,8 +49,8 @@ class Scoring:
         real = Resampling.of_pictures(references["real"]["whole"].images, config.resamples, derive_seed(seed, "real"))
         self.resampling = {"teacher": self.own, "real": real}
 
-    def score(self, row: Sets, clip: NDArray[np.floating] | None) -> dict[str, Score]:
-        """Every metric of a row by name; `clip` are the CLIP scores of its pictures, where the recipe asks for them."""
+    def score(self, row: Sets, of_pictures: Mapping[str, NDArray[np.floating]]) -> dict[str, Score]:
+        """Every metric of a row by name; `of_pictures` are numbers of its pictures, (N,), whose means are metrics too."""
         found: dict[str, Score] = {}
         for name in self.config.metrics:
             if name in GROUPS:
@@ -59,9 +59,7 @@ class Scoring:
                     estimates = group.compare(row[group.view], self.references[reference][group.view])
                     for metric, estimate in estimates.items():
                         found[f"{metric}_{reference}"] = self._score(estimate, self.resampling[reference])
-        if clip is not None:
-            found[CLIP_SCORE] = self._score(Estimate.of_mean(clip), None)
-        return found
+        return found | {name: self._score(Estimate.of_mean(values), None) for name, values in of_pictures.items()}
 
     def _score(self, estimate: Estimate, reference: Resampling | None) -> Score:
         return Score.of(estimate.value, draws(estimate, self.own, reference), self.config.confidence)

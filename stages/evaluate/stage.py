@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from infra.outside import local_copy
 from schemas.evaluation import EvaluateConfig
@@ -25,7 +22,6 @@ from stages.evaluate.fid import frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.metrics.catalogue import View
-from stages.evaluate.metrics.clip_score import ClipScorer, check_clip, is_wanted
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
 from stages.evaluate.reference import read_reference
@@ -33,6 +29,7 @@ from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Sampler, first_pictures, read_pictures, sample_row, scheduler_of
 from stages.evaluate.scoring import DECIMALS, Score, Scoring, Sets, check_scoring
+from stages.evaluate.singles import Singles, check_singles
 from stages.evaluate.summary import Measured, Sources, summarise
 from stages.evaluate.timing import Timing, time_row
 from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
@@ -47,21 +44,19 @@ FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser], tuple[View, ...]], 
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
-    """Look for the extractor's packages, and at a prompts file and a CLIP model on this machine, hours before they are needed. Raises `BadInput`."""
+    """Look for the networks' packages, and at a prompts file and a CLIP model on this machine, hours before they are needed. Raises `BadInput`."""
     extractor_spec(config.extractor)
     preflight_transfers(config, outside)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
         read_prompts(Path(outside["prompts"].removeprefix("file://")))
-    clip = Path(outside.get("clip_model", "").removeprefix("file://"))
-    if "clip_model" in outside and clip.exists():
-        check_clip(clip)
+    check_singles(config, outside)
 
 
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
     """Sample, measure and report.
 
     Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few images for a metric, a patch larger than the
-    teacher's pictures, a CLIP model that is none, and a student whose timesteps its sampler does not have, all before anything is sampled.
+    teacher's pictures, weights that cannot be had, and a student whose timesteps its sampler does not have, all before anything is sampled.
     """
     spec = extractor_spec(config.extractor)
     seed = workspace.seed if config.seed is None else config.seed
@@ -69,7 +64,6 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
     real_images = (inputs.reference or inputs.selection).content.images
     check_scoring(config, len(prompts.images), real_images, pipeline.resolution)
-    clip = _clip(config, workspace)
     rows = rows_of(config, inputs.teacher.content, inputs.students)
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
@@ -81,6 +75,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     reference = replace(rows[0], model="reference")
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
     pieces, looks = Pieces(workspace), config.reference_config()
+    singles = Singles.open(config, prompts, workspace, pieces, pipeline.resolution)
     viewer, views = Viewer(looks, spec, workspace.device, pieces), views_of(looks)
     with workspace.folder("evaluation") as folder:
 
@@ -102,8 +97,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         for row in rows:
             load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
             own = features(row, sampler, load, views)
-            clip_scores = None if clip is None else _clip_scores(row.slug, _samples(folder, row), prompts, clip, pieces)
-            scores[row.name] = scoring.score(own, clip_scores)
+            scores[row.name] = scoring.score(own, singles.of_row(row.slug, _samples(folder, row), _samples(folder, rows[0])))
             if config.timing is not None:
                 timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
 
@@ -159,20 +153,6 @@ def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Wo
         return pipeline.denoiser()
     manifest = inputs.students[row.model]
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
-
-
-def _clip(config: EvaluateConfig, workspace: Workspace) -> ClipScorer | None:
-    if "clip_score" not in config.metrics:
-        return None
-    return ClipScorer.load(local_copy(workspace.outside["clip_model"], workspace.scratch, is_wanted), workspace.device, config.clip_prefix)
-
-
-def _clip_scores(name: str, samples: Path, prompts: PromptSet, clip: ClipScorer, pieces: Pieces) -> NDArray[np.float32]:
-    with pieces.piece(f"clip-{name}") as (folder, made):
-        path = folder / "scores.safetensors"
-        if not made:
-            save_file({"scores": clip.scores(read_pictures(samples), prompts.images)}, path)
-        return load_file(path)["scores"]
 
 
 def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, repeats: int, pieces: Pieces) -> Timing:

@@ -16,7 +16,8 @@ from tests.tiny_pipelines import tiny_clip
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_is_a_valid_evaluation(name: str) -> None:
     config = EvaluateConfig.model_validate({"protocol": name})
-    assert all(getattr(config, field) == value for field, value in PROTOCOLS[name].items())  # type: ignore[index]
+    spelt_out = EvaluateConfig.model_validate(dict(PROTOCOLS[name]))  # type: ignore[index]
+    assert config.model_copy(update={"protocol": None}) == spelt_out != EvaluateConfig()
     assert EvaluateConfig.model_validate(config.model_dump()) == config, "what is written down reads back as the same"
 
 
@@ -41,6 +42,7 @@ def test_what_the_recipe_names_stands() -> None:
         ({"metrics": ["kid"]}, "expected fid among them"),
         ({"metrics": ["fid", "kid", "fid"]}, "expected each of them once"),
         ({"metrics": ["fid", "clip_score"]}, "expected a folder, address or hub id of a CLIP model"),
+        ({"metrics": ["fid", "diversity"]}, "metrics has diversity: expected at least 2"),
         ({"protocol": "coco"}, "lightning-coco10k"),
         ({"protocol": ["tiny"]}, "lightning-coco10k"),
     ],

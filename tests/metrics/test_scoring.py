@@ -8,17 +8,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 
 from infra.outside import content_digest
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig
+from schemas.evaluation import EvaluateConfig, PerceptualConfig
 from schemas.loading import parse_recipe
 from stages.evaluate import Inputs, reference, run
 from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.samples import read_pictures
+from stages.evaluate.singles import load_distance
 from stages.evaluate.views import centre_patch
 from stages.plan import make_plan
 from tests.distilled import Chain
@@ -27,7 +29,8 @@ from tests.workspaces import make_workspace, open_store
 
 CONFIG = EvaluateConfig(
     prompt_count=5, images_per_prompt=2, teacher_steps=(2, 1), teacher_guidance_scale=2.0, extractor="efficientnet-lite0", grid_prompts=1,
-    batch_size=5, metrics=("fid", "patch_fid", "kid", "precision_recall", "clip_score"), patch_px=12, clip_model="clip", resamples=200, timing=2,
+    batch_size=5, metrics=("fid", "patch_fid", "kid", "precision_recall", "clip_score", "lpips", "diversity"), patch_px=12, clip_model="clip",
+    perceptual=PerceptualConfig(distance="lpips-efficientnet-lite0", size_px=64), resamples=200, timing=2,
 )  # fmt: skip
 
 
@@ -70,12 +73,29 @@ def test_patch_fid_is_the_fid_of_the_middles(evaluated: tuple[Any, Path]) -> Non
     assert manifest.content.scores["one@1"]["patch_fid_teacher"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_perceptual_distances_are_those_of_the_pictures(evaluated: tuple[Any, Path]) -> None:
+    manifest, folder = evaluated
+    distance = load_distance(CONFIG.perceptual, None, "cpu")
+
+    def pictures(row: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(read_pictures(folder / "samples" / row)))).permute(0, 3, 1, 2) / 127.5 - 1
+
+    teacher, student = pictures("teacher-at-2"), pictures("one-at-1")
+    with torch.no_grad():
+        apart, within = distance(student, teacher).mean().item(), distance(student[::2], student[1::2]).mean().item()
+    scores = manifest.content.scores
+    assert scores["one@1"]["lpips_teacher"] == pytest.approx(apart, rel=1e-4)
+    assert scores["one@1"]["diversity"] == pytest.approx(within, rel=1e-4)
+    assert scores["teacher@2"]["lpips_teacher"] == 0, "the reference's own noise"
+    assert apart > 0
+
+
 def test_the_report_shows_metrics_intervals_and_speed(evaluated: tuple[Any, Path]) -> None:
     _, folder = evaluated
     report, page = json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
     assert report["intervals"] == {"confidence": 0.95, "resamples": 200}
     for title in report["metrics"].values():
-        assert title in page
+        assert escape(title) in page
     assert "higher is better" in page
     for row in report["rows"]:
         assert row["timing"]["latency_seconds"] > 0
@@ -88,6 +108,10 @@ def test_the_report_shows_metrics_intervals_and_speed(evaluated: tuple[Any, Path
     ("changes", "message"),
     [
         ({"patch_px": 17}, "expected at most 16, the side of the teacher's pictures"),
+        (
+            {"metrics": ("fid", "lpips"), "perceptual": PerceptualConfig(distance="lpips-efficientnet-lite0")},
+            "perceptual.size_px: 16 px are too few for lpips-efficientnet-lite0",
+        ),
         ({"metrics": ("fid", "density_coverage")}, "density_coverage of 10 samples and 5 real images; expected at least 6"),
     ],
 )

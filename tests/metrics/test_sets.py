@@ -120,7 +120,7 @@ def test_kid_is_the_sum_over_pairs_and_does_not_see_blocks(seed: int, images: in
     assert whole.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "_BLOCK", 5)
-        small = kid(one, two)
+        small = kid(FeatureSet(x), FeatureSet(y))  # new ones: what was computed for the others is kept
     assert small.value == pytest.approx(whole.value, rel=1e-9, abs=1e-9)
     assert np.allclose(small.own, whole.own)
 

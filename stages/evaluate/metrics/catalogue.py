@@ -63,9 +63,14 @@ GROUPS: Final[Mapping[MetricGroup, Group]] = {
         DENSITY_NEIGHBOURS + 1,
     ),
 }
-"""Every group of `evaluate.metrics` that compares sets: all but the CLIP score, which is a picture's own."""
+"""Every group of `evaluate.metrics` that compares sets."""
 
-CLIP_SCORE: Final = "clip_score"
+PICTURE_METRICS: Final[Mapping[str, tuple[MetricGroup, Metric]]] = {
+    "clip_score": ("clip_score", Metric("CLIP score, 100 x cosine of picture and prompt", "CLIP score", higher_is_better=True)),
+    "lpips_teacher": ("lpips", Metric("Perceptual distance to the reference's picture from the same noise", "LPIPS")),
+    "diversity": ("diversity", Metric("Diversity: perceptual distance within a prompt", "LPIPS", higher_is_better=True)),
+}
+"""Means of one number a picture, by the name among a row's scores, each with what asks for it in `evaluate.metrics`."""
 
 
 def _all() -> dict[str, Metric]:
@@ -75,7 +80,7 @@ def _all() -> dict[str, Metric]:
         for name, metric in group.metrics.items()
         for reference, words in REFERENCES.items()
     }
-    return found | {CLIP_SCORE: Metric("CLIP score, 100 x cosine of picture and prompt", "CLIP score", higher_is_better=True)}
+    return found | {name: metric for name, (_, metric) in PICTURE_METRICS.items()}
 
 
 METRICS: Final[Mapping[str, Metric]] = _all()

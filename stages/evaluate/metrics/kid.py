@@ -3,6 +3,8 @@
 Computed over all pairs; clean-fid takes the mean over random subsets of 1,000, which has the same expectation.
 """
 
+from functools import partial
+
 import numpy as np
 
 from stages.evaluate.metrics.bootstrap import Estimate
@@ -14,7 +16,7 @@ def kid(own: FeatureSet, reference: FeatureSet) -> Estimate:
 
     The influences are those of its two means within the sets and of the one between them (Hájek's projection of a U-statistic).
     """
-    within_own, within_reference = _within(own), _within(reference)
+    within_own, within_reference = (features.once("kid", partial(_within, features)) for features in (own, reference))
     between_own, between_reference = _between(own, reference)
     value = within_own.mean() + within_reference.mean() - 2 * between_own.mean()
     return Estimate(float(value), _centred(within_own - between_own), _centred(within_reference - between_reference))

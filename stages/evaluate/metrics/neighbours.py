@@ -49,6 +49,10 @@ def _of_reference(found: np.ndarray, own: FeatureSet) -> Estimate:
 
 def _squared_radii(of: FeatureSet, neighbours: int) -> Array:
     """(N,): squared distance of every picture to its k-th nearest other."""
+    return of.once(f"radii of {neighbours}", lambda: _radii(of, neighbours))
+
+
+def _radii(of: FeatureSet, neighbours: int) -> Array:
     if of.images <= neighbours:
         raise BadInput(f"a manifold of {of.images} images with {neighbours} nearest neighbours; expected more images than neighbours")
     found = np.empty(of.images)

@@ -1,7 +1,7 @@
 """Features of one set of pictures, with what several metrics need of them computed once."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
@@ -13,8 +13,8 @@ from stages.evaluate.fid import FeatureStatistics
 
 Array = NDArray[np.float64]
 
-_BLOCK: Final = 1024
-"""Rows of one block of a matrix of pairs: 10,000 pictures make blocks of 80 MB."""
+_BLOCK: Final = 256
+"""Rows of one block of a matrix of pairs: 40,000 pictures make blocks of 80 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,13 @@ class FeatureSet:
     """Features (N, D) of N pictures."""
 
     features: NDArray[np.floating]
+    _known: dict[str, Array] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Array]) -> Array:
+        """What `make` gives, under a name: a reference is compared with every row, and what is its own is computed for the first."""
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
 
     @property
     def images(self) -> int:

@@ -1,0 +1,112 @@
+"""Numbers of single pictures of a row: CLIP score, perceptual distances. Each is kept: a killed run does not look at the pictures again."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from infra.outside import local_copy
+from schemas.dmd import RegressionConfig
+from schemas.errors import BadInput
+from schemas.evaluation import PERCEPTUAL, EvaluateConfig, PerceptualConfig
+from stages.evaluate.metrics.catalogue import PICTURE_METRICS
+from stages.evaluate.metrics.clip_score import ClipScorer, check_clip, is_wanted
+from stages.evaluate.metrics.perceptual import Distance, diversity, paired
+from stages.evaluate.pieces import Pieces
+from stages.evaluate.prompts import PromptSet
+from stages.evaluate.samples import read_pictures
+from stages.workspace import Workspace
+
+Numbers = NDArray[np.float32]
+
+
+class Singles:
+    """What the recipe asks of single pictures, its networks loaded."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        prompts: PromptSet,
+        *,
+        clip: ClipScorer | None,
+        distance: Distance | None,
+        device: str,
+        pieces: Pieces,
+    ) -> None:
+        self.config, self.prompts, self.clip, self.distance, self.device, self.pieces = config, prompts, clip, distance, device, pieces
+
+    @classmethod
+    def open(cls, config: EvaluateConfig, prompts: PromptSet, workspace: Workspace, pieces: Pieces, resolution: int) -> Self:
+        """Load what is needed. Raises `BadInput` for a CLIP model or weights of the distance that cannot be had, and for a distance that pictures of
+        `resolution` pixels are too small for."""
+        clip = None
+        if "clip_score" in config.metrics:
+            folder = local_copy(workspace.outside["clip_model"], workspace.scratch, is_wanted)
+            clip = ClipScorer.load(folder, workspace.device, config.clip_prefix)
+        distance = None
+        if PERCEPTUAL & set(config.metrics):
+            place = workspace.outside.get("perceptual_vgg")
+            distance = load_distance(config.perceptual, None if place is None else local_copy(place, workspace.scratch), workspace.device)
+            _check_size(distance, resolution, config.perceptual, workspace.device)
+        return cls(config, prompts, clip=clip, distance=distance, device=workspace.device, pieces=pieces)
+
+    def of_row(self, name: str, samples: Path, reference: Path) -> dict[str, Numbers]:
+        """(N,) by the names among a row's scores. `samples` and `reference` are folders of shards: the row's, and those of the same noise that it is
+        held against."""
+        found: dict[str, Callable[[], Numbers]] = {}
+        if (clip := self.clip) is not None:
+            found["clip_score"] = lambda: clip.scores(read_pictures(samples), self.prompts.images)
+        if (distance := self.distance) is not None:
+            found["lpips_teacher"] = lambda: paired(read_pictures(samples), read_pictures(reference), distance, self.device)
+            found["diversity"] = lambda: diversity(read_pictures(samples), self.config.images_per_prompt, distance, self.device)
+        return {
+            metric: self._kept(f"{metric}-{name}", make)
+            for metric, make in found.items()
+            if PICTURE_METRICS[metric][0] in self.config.metrics
+        }
+
+    def _kept(self, name: str, make: Callable[[], Numbers]) -> Numbers:
+        with self.pieces.piece(name) as (folder, made):
+            path = folder / "numbers.safetensors"
+            if not made:
+                save_file({"numbers": make()}, path)
+            return load_file(path)["numbers"]
+
+
+def load_distance(config: PerceptualConfig, vgg: Path | None, device: str) -> Distance:
+    """The perceptual distance; `vgg` is the file of its weights on this machine. Raises `BadInput`."""
+    from stages.dmd.perceptual import build  # noqa: PLC0415  # the package of dmd imports this one
+
+    distance: Distance = build(_as_regression(config), vgg, "evaluate.perceptual").to(device)
+    return distance
+
+
+def _check_size(distance: Distance, resolution: int, config: PerceptualConfig, device: str) -> None:
+    blank = torch.zeros(1, 3, resolution, resolution, device=device)
+    try:
+        with torch.inference_mode():
+            distance(blank, blank)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a kernel larger than what is left of the picture
+        side = config.size_px or resolution
+        raise BadInput(f"evaluate.perceptual.size_px: {side} px are too few for {config.distance} ({error}); expected more") from error
+
+
+def check_singles(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
+    """Look for packages, and at a CLIP model on this machine. Raises `BadInput`."""
+    from stages.dmd.perceptual import check_packages  # noqa: PLC0415  # the package of dmd imports this one
+
+    if PERCEPTUAL & set(config.metrics):
+        check_packages(_as_regression(config.perceptual), "evaluate.perceptual")
+    clip = Path(outside.get("clip_model", "").removeprefix("file://"))
+    if "clip_model" in outside and clip.exists():
+        check_clip(clip)
+
+
+def _as_regression(config: PerceptualConfig) -> RegressionConfig:
+    return RegressionConfig(distance=config.distance, vgg=config.vgg, size_px=config.size_px)
