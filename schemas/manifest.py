@@ -166,12 +166,14 @@ class FinetunedLoRA(Model):
 
 
 class Evaluation(Model):
-    """`report.html`, `scores.parquet`, `report.json`, sample grids."""
+    """`report.html`, `scores.parquet`, `report.json`, sample grids; the samples and features of every row."""
 
     kind: Literal["evaluation"] = "evaluation"
     scores: dict[str, dict[str, float]]
     """`{"<model>@<steps>": {"fid_teacher": ..., ...}}`."""
     prompts: int
+    rows: dict[str, Sha256] = {}
+    """By the name of a row's files, what they follow from: an evaluation that asks for the same takes them over."""
 
 
 class PublishedModel(Model):

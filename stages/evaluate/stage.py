@@ -2,10 +2,11 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from infra.outside import local_copy
+from schemas.base import Sha256
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
 from schemas.manifest import Evaluation, Manifest
@@ -26,6 +28,7 @@ from stages.evaluate.features import extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
+from stages.evaluate.past import PastRows, features_file, key_of, row_key, samples_folder
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
 from stages.evaluate.report import GridPictures, render_report
@@ -41,8 +44,8 @@ from stages.workspace import Workspace
 Measure = Callable[[Iterable[Pixels]], NDArray[np.float32]]
 """From pictures (H, W, 3) to features (N, D)."""
 
-FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser]], FeatureStatistics]
-"""From a row, the sampler of its prompts and noise, and what loads its denoiser, to the statistics of its samples."""
+FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser], Mapping[str, Any] | None], FeatureStatistics]
+"""From a row, the sampler of its prompts and noise, what loads its denoiser, and what that is (None: not known), to the statistics of its samples."""
 
 _DECIMALS: Final = 6
 """Digits of a score after the point: features are float32, so what follows is rounding."""
@@ -78,7 +81,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
     reference = replace(rows[0], model="reference")
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
-    pieces = Pieces(workspace)
+    pieces, past = Pieces(workspace), PastRows(workspace)
+    kept: dict[str, Sha256] = {}
     extractor = functools.cache(spec.build)
 
     def measure(pictures: Iterable[Pixels]) -> NDArray[np.float32]:
@@ -86,17 +90,32 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
 
     with workspace.folder("evaluation") as folder:
 
-        def features(row: Row, of: Sampler, load: Callable[[], Denoiser]) -> FeatureStatistics:
-            target = _samples(folder, row)
-            sample_row(row, load, of, pieces, target)
-            made = _features(row.slug, functools.partial(read_pictures, target), measure, pieces)
+        def features(row: Row, of: Sampler, load: Callable[[], Denoiser], weights: Mapping[str, Any] | None) -> FeatureStatistics:
+            file, target = features_file(folder, row.slug), samples_folder(folder, row.slug)
+            if weights is not None:
+                kept[row.slug] = row_key(row, of, config.extractor, weights)
+            if weights is not None and past.take(kept[row.slug], row.slug, folder):
+                tick(len(prompts.images))
+            else:
+                sample_row(row, load, of, pieces, target)
+                _keep_features(file, row.slug, functools.partial(read_pictures, target), measure, pieces)
             _free(workspace.device)
-            return made
+            return FeatureStatistics.of(load_file(file)["features"])
 
-        statistics = {row.name: features(row, sampler, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in rows}
-        of_teacher = features(reference, other_noise, pipeline.denoiser)
-        chosen = SelectedPictures.open(inputs.images, inputs.selection, workspace)
-        real = _features("real", lambda: real_pictures(chosen, pipeline.resolution), measure, pieces)
+        own = {"teacher": inputs.teacher.identity}
+        statistics = {
+            row.name: features(row, sampler, functools.partial(_denoiser, row, pipeline, inputs, workspace), own | _student(row, inputs))
+            for row in rows
+        }
+        of_teacher = features(reference, other_noise, pipeline.denoiser, own)
+        real_file = features_file(folder, "real")
+        kept["real"] = key_of(
+            images=inputs.images.identity, selection=inputs.selection.identity, side=pipeline.resolution, extractor=config.extractor
+        )
+        if not past.take(kept["real"], "real", folder):
+            chosen = SelectedPictures.open(inputs.images, inputs.selection, workspace)
+            _keep_features(real_file, "real", lambda: real_pictures(chosen, pipeline.resolution), measure, pieces)
+        real = FeatureStatistics.of(load_file(real_file)["features"])
 
         elsewhere: dict[str, float] = {}
         for transfer in transfers:
@@ -116,7 +135,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         _write_report(folder, measured, inputs, grids, workspace)
         scores = {name: dict(values) for name, values in measured.scores.items()}
         scores |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
-        return workspace.publish(folder, Evaluation(scores=scores, prompts=prompts.distinct))
+        return workspace.publish(folder, Evaluation(scores=scores, prompts=prompts.distinct, rows=kept))
 
 
 def _elsewhere(
@@ -126,8 +145,17 @@ def _elsewhere(
     pipeline = transfer.load(workspace.device)
     encoded = transfer.pictures(pipeline, samplers[0], inputs, workspace)
     of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
-    own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser)
-    found = {row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace)) for row in transfer.rows}
+    weights = transfer.made_of(inputs, workspace)
+    own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, weights)
+    found = {
+        row.name: features(
+            row,
+            of_rows,
+            functools.partial(_denoiser, row, pipeline, inputs, workspace),
+            None if weights is None else {**weights, **_student(row, inputs)},
+        )
+        for row in transfer.rows
+    }
     return {name: round(frechet_distance(statistics, own), _DECIMALS) for name, statistics in found.items()}
 
 
@@ -147,13 +175,18 @@ def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Wo
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 
 
-def _features(name: str, pictures: Callable[[], Iterable[Pixels]], measure: Measure, pieces: Pieces) -> FeatureStatistics:
-    """Statistics of the pictures' features, which are kept: a killed run does not look at the pictures again."""
+def _student(row: Row, inputs: Inputs) -> dict[str, str]:
+    return {} if row.model == TEACHER else {"student": inputs.students[row.model].identity}
+
+
+def _keep_features(file: Path, name: str, pictures: Callable[[], Iterable[Pixels]], measure: Measure, pieces: Pieces) -> None:
+    """Write the pictures' features to `file`, and keep them: a killed run does not look at the pictures again."""
     with pieces.piece(f"features-{name}") as (folder, made):
         path = folder / "features.safetensors"
         if not made:
             save_file({"features": measure(pictures())}, path)
-        return FeatureStatistics.of(load_file(path)["features"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, file)
 
 
 def _scores(statistics: Mapping[str, FeatureStatistics], of_teacher: FeatureStatistics, real: FeatureStatistics) -> Scores:
@@ -169,10 +202,6 @@ def _scores(statistics: Mapping[str, FeatureStatistics], of_teacher: FeatureStat
     }
 
 
-def _samples(folder: Path, row: Row) -> Path:
-    return folder / "samples" / row.slug
-
-
 def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer]) -> dict[str, GridPictures]:
     """Draw the table's pictures, `grid.png`, and those of every changed teacher, `grid-<entry>.png`; return them by entry, the table's as ``."""
     config, images = measured.config, measured.prompts.images
@@ -180,7 +209,7 @@ def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer])
     grids = {}
     for name, rows in {"": measured.rows, **{transfer.config.name: transfer.rows for transfer in transfers}}.items():
         groups = grid_groups(rows)
-        pictures = [[first_pictures(_samples(folder, row), shown) for row in group.rows] for group in groups]
+        pictures = [[first_pictures(samples_folder(folder, row.slug), shown) for row in group.rows] for group in groups]
         grids[name] = GridPictures(tuple(images[index] for index in shown), groups, pictures)
         draw_grid(grids[name].prompts, groups, pictures).save(folder / ("-".join(filter(None, ("grid", name))) + ".png"), optimize=True)
     return grids

@@ -48,6 +48,17 @@ class Transfer:
             merge_lora(pipeline.unet)
         return pipeline
 
+    def made_of(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any] | None:
+        """By digests what draws its rows, and on what pictures; None where the content of something outside is not known."""
+        config = self.config
+        outside = {field: workspace.lineage.inputs.get(config.outside_name(field)) for field in config.outside_fields()}
+        if None in outside.values():
+            return None
+        made: dict[str, Any] = {"teacher": inputs.teacher.identity, **config.identity_fields(), **outside}
+        made |= {field: inputs.finetuned[run].identity for field, run in config.finetuned().items()}
+        made |= {"latents": inputs.latents.identity} if config.reads_pictures else {}
+        return {field: value for field, value in made.items() if field != "name"}
+
     def pictures(self, pipeline: TeacherPipeline, sampler: Sampler, inputs: Inputs, workspace: Workspace) -> EncodedPictures | None:
         """Those that its rows start from or whose edges they follow, for the sampler's prompts; None where they need none.
 
