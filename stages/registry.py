@@ -66,7 +66,7 @@ STAGES: dict[str, Stage] = {
         Stage("teacher", TeacherConfig, ("teacher",), "stages.teacher"),
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
         Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
-        Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune"),
+        Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune", revision=2),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=3),
