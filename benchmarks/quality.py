@@ -83,11 +83,13 @@ def evaluation(
 
 
 def table(measured: Manifest, found: Mapping[str, Manifest]) -> list[dict[str, object]]:
-    """Rows of the table, in the order of the evaluation."""
+    """Rows of the table, in the order of the evaluation; those of `evaluate.transfer`, which are measured on other teachers, are none of it."""
     assert isinstance(measured.content, Evaluation)
     families = {TEACHER: TEACHER, **families_of(found)}
     rows: list[dict[str, object]] = []
     for name, scores in measured.content.scores.items():
+        if "fid_real" not in scores:
+            continue
         model, _, steps = name.rpartition("@")
         rows.append({"method": families[model], "steps": int(steps), **scores, "student": model})
     return rows

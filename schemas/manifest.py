@@ -197,7 +197,7 @@ class ReferenceSet(Model):
 
 
 class Evaluation(Model):
-    """`report.html`, `scores.parquet`, `report.json`, sample grids."""
+    """`report.html`, `scores.parquet`, `report.json`, sample grids; the samples and features of every row."""
 
     kind: Literal["evaluation"] = "evaluation"
     scores: dict[str, dict[str, float]]
@@ -205,6 +205,8 @@ class Evaluation(Model):
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     """Of scores, by the same names: lower and upper end."""
     prompts: int
+    rows: dict[str, Sha256] = {}
+    """By the name of a row's files, what they follow from: an evaluation that asks for the same takes them over."""
 
 
 class PublishedModel(Model):
@@ -303,3 +305,7 @@ class Manifest(Model, Generic[C]):
             if entry.path == path:
                 return entry
         raise KeyError(f"artifact {self.identity[:12]} ({self.kind}) holds no file {path!r}")
+
+
+StudentManifest = Manifest[StudentUNet | StudentLoRA]
+"""Of a student of either form."""

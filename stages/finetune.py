@@ -25,6 +25,7 @@ from stages.training import Draw, Figure, Method, Player, Spread, train, write_m
 from stages.training.latent_batches import LatentBatch, reader
 from stages.training.randomness import derive_seed
 from stages.training.sharding import shard, whole_network
+from stages.watching import Training, save_report
 from stages.workspace import Workspace
 
 
@@ -68,6 +69,7 @@ def run(config: FinetuneConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             else:
                 content = save_base(unet, source, folder)
             write_metrics(rows, folder / METRICS_FILE)
+            save_report(folder, Training(content, rows, config, workspace.lineage))
         return workspace.publish(folder, content)
 
 

@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
         Stage("train-teacher", TrainTeacherConfig, ("teacher",), "stages.train_teacher"),
         Stage("encode", EncodeConfig, ("latents",), "stages.encode", revision=2),
         Stage("pairs", PairsConfig, ("pairs",), "stages.pairs"),
-        Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune"),
+        Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune", revision=2),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=2),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=2),
         Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd"),

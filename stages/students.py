@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import BadInput
-from schemas.manifest import Latents, Manifest, Pairs, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Latents, Manifest, Pairs, StudentLoRA, StudentManifest, StudentUNet, Teacher
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.lora import LORA_FILE, load_lora, merge_lora, save_lora
 from stages.diffusion.lora_merged import merge_in_training
@@ -23,9 +23,7 @@ UNET_FOLDER = "unet"
 METRICS_FILE = "metrics.parquet"
 
 
-def load_student(
-    pipeline: TeacherPipeline, manifest: Manifest[StudentUNet | StudentLoRA], folder: Path, *, merged: bool = False
-) -> UNetDenoiser:
+def load_student(pipeline: TeacherPipeline, manifest: StudentManifest, folder: Path, *, merged: bool = False) -> UNetDenoiser:
     """Load a student from its artifact's folder, in evaluation mode, on the teacher's device and in its type.
 
     A LoRA is put on a copy of the teacher's UNet, which stays as it is; `merged` adds it into the weights, which is faster to run and differs from
@@ -48,7 +46,7 @@ def load_student(
     return UNetDenoiser(unet, pipeline.schedule, PREDICTION_TYPES[content.prediction_type])
 
 
-def weight_files(manifest: Manifest[StudentUNet | StudentLoRA]) -> list[str]:
+def weight_files(manifest: StudentManifest) -> list[str]:
     """The files that a student is loaded from: not its figures, pictures and report, nor the other weights that lie beside the last."""
     return [entry.path for entry in manifest.files if entry.path == LORA_FILE or entry.path.startswith(f"{UNET_FOLDER}/")]
 
@@ -106,9 +104,7 @@ class Student:
         return cls(denoiser, parameters, tensors | dict(denoiser.unet.named_buffers()) if whole else tensors)
 
 
-def check_teacher(
-    teacher: Manifest[Teacher], latents: Manifest[Latents] | Manifest[Pairs], *students: Manifest[StudentUNet | StudentLoRA] | None
-) -> None:
+def check_teacher(teacher: Manifest[Teacher], latents: Manifest[Latents] | Manifest[Pairs], *students: StudentManifest | None) -> None:
     """Refuse latents or a student of another teacher. Raises `BadInput` naming both."""
     made_for = [("latents", latents.content.teacher)]
     made_for += [(f"student {student.identity[:12]}", student.content.teacher) for student in students if student is not None]

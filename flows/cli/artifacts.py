@@ -61,12 +61,14 @@ def verify(
     recompute: Annotated[
         int, typer.Option("--recompute", metavar="N", min=0, help="Of noise-output pairs: draw N again with the teacher, and compare.")
     ] = 0,
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Read and hash every file of an artifact again. Exit code 1 when one is damaged or missing, or a pair differs, unless it was removed."""
     from flows.preparation import open_store
+    from infra.settings import Settings
     from stages.preflight import check_device
 
+    device = device or Settings.load().device
     check_device(device)
     opened = open_store(store)
     try:

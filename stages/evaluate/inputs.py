@@ -1,8 +1,8 @@
 """What the stage `evaluate` reads."""
 
 from schemas.base import Model
-from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, Teacher
-from stages.evaluate.rows import Finetuned, StudentManifest
+from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentManifest, Teacher
+from stages.evaluate.rows import Finetuned
 
 
 class Inputs(Model):

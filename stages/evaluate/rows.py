@@ -6,9 +6,7 @@ from typing import Self
 
 from schemas.evaluation import EvaluateConfig
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentUNet, Teacher
-
-StudentManifest = Manifest[StudentUNet | StudentLoRA]
+from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentManifest, StudentUNet, Teacher
 
 Finetuned = Manifest[FinetunedLoRA | Teacher]
 """What a run of `finetune` made."""

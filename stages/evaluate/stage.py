@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from infra.outside import local_copy
 from schemas.evaluation import EvaluateConfig
@@ -21,26 +20,22 @@ from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
-from stages.evaluate.metrics.catalogue import View
+from stages.evaluate.past import samples_folder
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet, assign, read_prompts, seeded_order
 from stages.evaluate.reference import read_reference
 from stages.evaluate.report import GridPictures, render_report
+from stages.evaluate.row_sets import RowSets
 from stages.evaluate.rows import TEACHER, Row, rows_of
-from stages.evaluate.samples import Sampler, first_pictures, read_pictures, sample_row, scheduler_of
-from stages.evaluate.scoring import DECIMALS, Score, Scoring, Sets, check_scoring
+from stages.evaluate.samples import Sampler, first_pictures, scheduler_of
+from stages.evaluate.scoring import DECIMALS, Score, Scoring, check_scoring
 from stages.evaluate.singles import Singles, check_singles
 from stages.evaluate.summary import Measured, Sources, summarise
 from stages.evaluate.timing import Timing, time_row
 from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
-from stages.evaluate.views import Viewer, views_of
-from stages.selected import SelectedPictures
 from stages.students import load_student, weight_files
 from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
-
-FeaturesOf = Callable[[Row, Sampler, Callable[[], Denoiser], tuple[View, ...]], Sets]
-"""From a row, the sampler of its prompts and noise, what loads its denoiser and what is shown of its samples, to their features."""
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
@@ -69,41 +64,32 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         scheduler_of(row, pipeline.scheduler_config)
     transfers = open_transfers(config, inputs, rows, workspace)
 
-    sets = len(rows) + 1 + sum(len(transfer.rows) + 1 for transfer in transfers)
-    tick = _ticker(workspace, sets * len(prompts.images))
+    count = len(rows) + 1 + sum(len(transfer.rows) + 1 for transfer in transfers)
+    tick = _ticker(workspace, count * len(prompts.images))
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
-    reference = replace(rows[0], model="reference")
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
     pieces, looks = Pieces(workspace), config.reference_config()
     singles = Singles.open(config, prompts, workspace, pieces, pipeline.resolution)
-    viewer, views = Viewer(looks, spec, workspace.device, pieces), views_of(looks)
     with workspace.folder("evaluation") as folder:
-
-        def features(row: Row, of: Sampler, load: Callable[[], Denoiser], shown: tuple[View, ...]) -> Sets:
-            target = _samples(folder, row)
-            sample_row(row, load, of, pieces, target)
-            made = viewer.look(row.slug, functools.partial(read_pictures, target), shown)
-            _free(workspace.device)
-            return made
-
-        of_teacher = features(reference, other_noise, pipeline.denoiser, views)
-        if inputs.reference is None:
-            real = viewer.selected(SelectedPictures.open(inputs.images, inputs.selection, workspace), pipeline.resolution)
-        else:
-            real = read_reference(inputs.reference, looks, workspace)
+        sets = RowSets(folder, looks, spec, pieces, workspace)
+        teacher = {"teacher": inputs.teacher.identity}
+        of_teacher = sets.of_row(replace(rows[0], model="reference"), other_noise, pipeline.denoiser, teacher)
+        given = inputs.reference
+        real = sets.of_selection(inputs, pipeline.resolution) if given is None else read_reference(given, looks, workspace)
         scoring = Scoring(config, prompts.images, {"teacher": of_teacher, "real": real}, seed)
         scores: dict[str, Mapping[str, Score]] = {}
         timings: dict[str, Timing] = {}
         for row in rows:
             load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
-            own = features(row, sampler, load, views)
-            scores[row.name] = scoring.score(own, singles.of_row(row.slug, _samples(folder, row), _samples(folder, rows[0])))
+            own = sets.of_row(row, sampler, load, teacher | _student(row, inputs))
+            samples, held_against = (samples_folder(folder, slug) for slug in (row.slug, rows[0].slug))
+            scores[row.name] = scoring.score(own, singles.of_row(row.slug, samples, held_against))
             if config.timing is not None:
                 timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
 
         elsewhere: dict[str, float] = {}
         for transfer in transfers:
-            elsewhere |= _elsewhere(transfer, features, (sampler, other_noise), inputs, workspace)
+            elsewhere |= _elsewhere(transfer, sets, (sampler, other_noise), inputs, workspace)
         measured = Measured(
             identity=workspace.identity,
             config=config,
@@ -121,21 +107,25 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         values = {name: {metric: score.value for metric, score in found.items()} for name, found in scores.items()}
         values |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
         intervals = {name: {metric: (score.low, score.high) for metric, score in found.items()} for name, found in scores.items()}
-        return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct))
+        return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct, rows=sets.keys))
 
 
 def _elsewhere(
-    transfer: Transfer, features: FeaturesOf, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
+    transfer: Transfer, sets: RowSets, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
 ) -> dict[str, float]:
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
     pipeline = transfer.load(workspace.device)
     encoded = transfer.pictures(pipeline, samplers[0], inputs, workspace)
     of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
-    own = features(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, ("whole",))["whole"].statistics
-    found = {
-        row.name: features(row, of_rows, functools.partial(_denoiser, row, pipeline, inputs, workspace), ("whole",))["whole"].statistics
-        for row in transfer.rows
-    }
+    weights = transfer.made_of(inputs, workspace)
+    own = sets.of_row(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, weights, ("whole",))[
+        "whole"
+    ].statistics
+    found = {}
+    for row in transfer.rows:
+        made_of = None if weights is None else {**weights, **_student(row, inputs)}
+        load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
+        found[row.name] = sets.of_row(row, of_rows, load, made_of, ("whole",))["whole"].statistics
     return {name: round(frechet_distance(statistics, own), DECIMALS) for name, statistics in found.items()}
 
 
@@ -163,8 +153,8 @@ def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, repeats: i
         return Timing(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _samples(folder: Path, row: Row) -> Path:
-    return folder / "samples" / row.slug
+def _student(row: Row, inputs: Inputs) -> dict[str, str]:
+    return {} if row.model == TEACHER else {"student": inputs.students[row.model].identity}
 
 
 def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer]) -> dict[str, GridPictures]:
@@ -174,7 +164,7 @@ def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer])
     grids = {}
     for name, rows in {"": measured.rows, **{transfer.config.name: transfer.rows for transfer in transfers}}.items():
         groups = grid_groups(rows)
-        pictures = [[first_pictures(_samples(folder, row), shown) for row in group.rows] for group in groups]
+        pictures = [[first_pictures(samples_folder(folder, row.slug), shown) for row in group.rows] for group in groups]
         grids[name] = GridPictures(tuple(images[index] for index in shown), groups, pictures)
         draw_grid(grids[name].prompts, groups, pictures).save(folder / ("-".join(filter(None, ("grid", name))) + ".png"), optimize=True)
     return grids
@@ -220,8 +210,3 @@ def _ticker(workspace: Workspace, total: int) -> Callable[[int], None]:
         workspace.progress.update(done, total, "images")
 
     return tick
-
-
-def _free(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()

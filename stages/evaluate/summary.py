@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from schemas.evaluation import EvaluateConfig
-from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, Teacher
+from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentManifest, Teacher
 from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
-from stages.evaluate.rows import TEACHER, Finetuned, Row, StudentManifest
+from stages.evaluate.rows import TEACHER, Finetuned, Row
 from stages.evaluate.scoring import Score
 from stages.evaluate.timing import Timing
 from stages.registry import stage

@@ -10,7 +10,7 @@ from infra.outside import local_copy
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import StudentLoRA
+from schemas.manifest import StudentLoRA, StudentManifest
 from stages.diffusion.facts import TeacherFacts, inspect, read_config
 from stages.diffusion.lora import LORA_FILE, merge_lora
 from stages.diffusion.lora_files import check_fits, find_lora
@@ -18,7 +18,7 @@ from stages.diffusion.pipeline import TeacherPipeline, load_controlnet
 from stages.diffusion.sampling import steps_left
 from stages.evaluate.encoded_pictures import EncodedPictures, choose_pictures
 from stages.evaluate.inputs import Inputs
-from stages.evaluate.rows import Finetuned, Row, StudentManifest
+from stages.evaluate.rows import Finetuned, Row
 from stages.evaluate.samples import Sampler, scheduler_of
 from stages.latents import LatentSet
 from stages.workspace import Workspace
@@ -47,6 +47,17 @@ class Transfer:
             plain.set_adapters(["style"], adapter_weights=[self.config.style_weight])
             merge_lora(pipeline.unet)
         return pipeline
+
+    def made_of(self, inputs: Inputs, workspace: Workspace) -> dict[str, Any] | None:
+        """By digests what draws its rows, and on what pictures; None where the content of something outside is not known."""
+        config = self.config
+        outside = {field: workspace.lineage.inputs.get(config.outside_name(field)) for field in config.outside_fields()}
+        if None in outside.values():
+            return None
+        made: dict[str, Any] = {"teacher": inputs.teacher.identity, **config.identity_fields(), **outside}
+        made |= {field: inputs.finetuned[run].identity for field, run in config.finetuned().items()}
+        made |= {"latents": inputs.latents.identity} if config.reads_pictures else {}
+        return {field: value for field, value in made.items() if field != "name"}
 
     def pictures(self, pipeline: TeacherPipeline, sampler: Sampler, inputs: Inputs, workspace: Workspace) -> EncodedPictures | None:
         """Those that its rows start from or whose edges they follow, for the sampler's prompts; None where they need none.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -56,6 +57,17 @@ class Viewer:
             if not made:
                 save_file({"features": features_of(pictures(), self._extractor(), self.device)}, path)
             return FeatureSet(load_file(path)["features"])
+
+
+def keep_sets(sets: Sets, path: Path) -> None:
+    """Write features by what was shown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({view: np.asarray(of.features) for view, of in sets.items()}, path)
+
+
+def read_sets(path: Path) -> Sets:
+    """Read what `keep_sets` wrote."""
+    return {view: FeatureSet(features) for view, features in load_file(path).items()}  # type: ignore[misc]  # its keys are views
 
 
 def whole(pictures: Iterable[Pixels], side: int | None) -> Iterator[Pixels]:

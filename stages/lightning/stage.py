@@ -9,7 +9,7 @@ import torch
 from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.lightning import LinkConfig, trailing_timesteps
-from schemas.manifest import Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Manifest, StudentLoRA, StudentManifest, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.discriminator import Discriminator, UNetEncoder, unet_discriminator
@@ -34,9 +34,9 @@ class Inputs(Model):
     teacher: Manifest[Teacher]
     latents: EncodedManifest
     """What the student is trained on."""
-    source: Manifest[StudentUNet | StudentLoRA] | None = None
+    source: StudentManifest | None = None
     """The student of an earlier link, which teaches. None: the teacher itself does."""
-    start: Manifest[StudentUNet | StudentLoRA] | None = None
+    start: StudentManifest | None = None
     """The student that this one goes on from. None: it starts as the teacher."""
 
 
@@ -95,7 +95,7 @@ def _discriminator(
     return shard(discriminator, config, workspace.parallel)
 
 
-def _frozen(inputs: Inputs, student: Manifest[StudentUNet | StudentLoRA] | None, workspace: Workspace) -> UNetDenoiser:
+def _frozen(inputs: Inputs, student: StudentManifest | None, workspace: Workspace) -> UNetDenoiser:
     """The denoiser of a student, its LoRA merged, or of the teacher itself. Nothing else of the pipeline stays loaded."""
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device, only=frozenset({"unet"}))
     denoiser = (

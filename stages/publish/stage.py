@@ -8,7 +8,7 @@ from typing import Any
 
 from schemas.base import Model
 from schemas.evaluation import PublishConfig
-from schemas.manifest import Evaluation, FinetunedLoRA, Manifest, PublishedModel, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Evaluation, FinetunedLoRA, Manifest, PublishedModel, StudentManifest, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.facts import read_config
 from stages.diffusion.kohya import save_kohya
@@ -31,7 +31,7 @@ class Inputs(Model):
     """What is handed out."""
 
     teacher: Manifest[Teacher]
-    students: dict[str, Manifest[StudentUNet | StudentLoRA]] = {}
+    students: dict[str, StudentManifest] = {}
     styles: dict[str, Manifest[FinetunedLoRA]] = {}
     evaluation: Manifest[Evaluation]
 

@@ -5,12 +5,10 @@ from typing import Any, Literal
 
 from schemas.base import Field, Model, Sha256
 from schemas.errors import BadInput
-from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentUNet
+from schemas.manifest import FinetunedLoRA, Manifest, StudentLoRA, StudentManifest
 
 DESCRIPTION = "distillery.json"
 """File at the root of a published model that names its variants."""
-
-StudentManifest = Manifest[StudentUNet | StudentLoRA]
 
 
 COMPOSITION = "composition.json"

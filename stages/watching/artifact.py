@@ -12,7 +12,7 @@ from stages.training import Row, write_metrics
 from stages.training.events import EVENTS_FILE, write_events
 from stages.training.sharding import whole_network
 from stages.watching.look import Seen, StudentWatch
-from stages.watching.report import render_report
+from stages.watching.report import Training, render_report
 from stages.workspace import Workspace
 
 BEST_FOLDER = "best"
@@ -44,14 +44,19 @@ def publish_student(
             if converted:
                 write_metrics(converted, folder / CONVERSION_FILE)
             seen = None if watch is None else watch.seen(rows)
-            pictures = {} if seen is None else {"student/samples": seen.strips, "teacher/samples": {0: seen.teacher}}
-            write_events(rows, pictures, folder / "tensorboard" / EVENTS_FILE)
             if seen is not None:
                 content = content.model_copy(update={"best_step": seen.best_step, "best_fid": seen.best_fid})
                 _save_looks(seen, content, unet, folder)
-            page = render_report(content, rows, config, workspace.lineage, seen, converted=converted)
-            (folder / "report.html").write_text(page, encoding="utf-8")
+            save_report(folder, Training(content, rows, config, workspace.lineage, seen, converted))
         return workspace.publish(folder, content)
+
+
+def save_report(folder: Path, training: Training) -> None:
+    """Write `report.html` and `tensorboard/` into an artifact's folder."""
+    seen = training.seen
+    pictures = {} if seen is None else {"student/samples": seen.strips, "teacher/samples": {0: seen.teacher}}
+    write_events(training.rows, pictures, folder / "tensorboard" / EVENTS_FILE)
+    (folder / "report.html").write_text(render_report(training), encoding="utf-8")
 
 
 def _save_looks(seen: Seen, content: StudentUNet | StudentLoRA, unet: Any, folder: Path) -> None:

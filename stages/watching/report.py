@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
@@ -10,8 +11,9 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from schemas.manifest import Lineage, StudentLoRA, StudentUNet
-from schemas.training import StudentTraining
+from schemas.base import Model
+from schemas.manifest import FinetunedLoRA, Lineage, StudentContent, StudentLoRA, StudentUNet, Teacher
+from schemas.training import TrainingConfig
 from stages.reports.charts import Series, line_chart, swatch
 from stages.reports.page import data_uri, grouped, page_environment, plural
 from stages.training import Row
@@ -31,34 +33,57 @@ _SHARES: Final = 24
 _LATENTS: Final = {"x0": "student", "reference": "reference"}
 
 
-def render_report(
-    content: StudentUNet | StudentLoRA,
-    rows: Sequence[Row],
-    config: StudentTraining,
-    lineage: Lineage,
-    seen: Seen | None,
-    *,
-    converted: Sequence[Row] = (),
-) -> str:
-    """Return the page for every step's figures, in the order in which they happened."""
-    kept = kept_rows(rows)
-    alarms = _alarms(rows)
+@dataclass(frozen=True)
+class Training:
+    """One training and what it made."""
+
+    content: StudentUNet | StudentLoRA | FinetunedLoRA | Teacher
+    rows: Sequence[Row]
+    """Every step's figures, in the order in which they happened."""
+    config: TrainingConfig
+    lineage: Lineage
+    seen: Seen | None = None
+    """Where it was looked at."""
+    converted: Sequence[Row] = ()
+    """Figures of a switch to x0 that went before."""
+
+
+def render_report(training: Training) -> str:
+    """Return the page."""
+    config, lineage, seen = training.config, training.lineage, training.seen
+    kept, alarms = kept_rows(training.rows), _alarms(training.rows)
     marks = [float(alarm["step"]) for alarm in alarms]
     return (
         page_environment("stages.watching")
         .get_template("report.html.j2")
         .render(
-            content=content,
+            heading=_heading(training.content),
+            says=_says(training.content),
             node=lineage.node,
+            training_steps=config.training_steps,
             batch_size=config.batch_size,
             tiles=_tiles(kept, alarms, seen),
             alarms=alarms,
-            sections=[section for section in _sections(kept, marks, seen, converted) if section["charts"]],
+            sections=[section for section in _sections(kept, marks, seen, training.converted) if section["charts"]],
             looks=None if seen is None else _looks(seen),
             inputs=sorted(lineage.inputs.items()),
             config=yaml.safe_dump({lineage.stage: config.identity_fields()}, sort_keys=False, allow_unicode=True),
         )
     )
+
+
+def _heading(content: Model) -> str:
+    if isinstance(content, StudentContent):
+        return f"A student of {', '.join(map(str, content.steps))} {'step' if content.steps == (1,) else 'steps'}"
+    return "A style" if isinstance(content, FinetunedLoRA) else "Another base"
+
+
+def _says(content: StudentContent | FinetunedLoRA | Teacher) -> str:
+    network = f"LoRA of rank {content.rank}" if isinstance(content, StudentLoRA | FinetunedLoRA) else "whole UNet"
+    if isinstance(content, FinetunedLoRA):
+        return f"{network}, of {plural(content.samples, 'picture')}"
+    method = f"{content.method}, " if isinstance(content, StudentContent) else ""
+    return f"{method}{network}, says {content.prediction_type}"
 
 
 def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -109,8 +134,8 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
              _shares(kept, _levels(names, "real"), "Real ones, by level", marks),
              _shares(kept, _levels(names, "fake"), "The student's, by level", marks)) if chart]},
         {"title": "Latents",
-         "says": "The student's x0 and its reference of the same batch: what a perfect student would say, for lcm the encoded pictures, for dmd "
-                 "these or the teacher's outputs of the pairs.",
+         "says": "The student's x0 and its reference of the same batch: what a perfect student would say, for lcm and finetune encoded pictures, for "
+                 "dmd these or the teacher's outputs of the pairs.",
          "charts": [chart for what, title in (("std", "Standard deviation"), ("mean", "Mean")) if (chart := _chart(
              kept, {f"student.{name}_{what}": label for name, label in _LATENTS.items()}, title, title.lower(), marks=marks))]},
         {"title": "Optimisers", "says": "Norm of all gradients of a player before clipping, and its learning rate.",

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig
-from stages.evaluate import Inputs, run, samples
+from schemas.evaluation import EvaluateConfig, TransferConfig
+from stages.evaluate import Inputs, run, samples, views
 from stages.evaluate.curves import read_curves
 from stages.evaluate.features import EXTRACTORS, extractor_spec, features_of
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
@@ -48,6 +49,14 @@ def inputs(chain: Chain) -> Inputs:
 def evaluated(chain: Chain, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     manifest = run(CONFIG, inputs, make_workspace(tmp_path_factory.mktemp("first"), chain.store, identity="first"))
     return manifest, chain.store.fetch(manifest)
+
+
+def copied(chain: Chain, inputs: Inputs, folder: Path) -> ArtifactStore:
+    """A store with what is evaluated and no evaluation."""
+    store = open_store(folder)
+    for made in (chain.teacher, chain.images, chain.selection, chain.latents, *inputs.students.values()):
+        store.publish(chain.store.fetch(made), identity=made.identity, content=made.content, lineage=made.lineage)
+    return store
 
 
 # Figures
@@ -187,10 +196,11 @@ def test_report_asks_nothing_of_a_server_and_names_no_moment(evaluated: tuple[An
 
 
 def test_rerun_gives_equal_bytes(chain: Chain, inputs: Inputs, evaluated: tuple[Any, Path], tmp_path: Path) -> None:
-    """But for the identity, which the report names."""
+    """But for the identity, which the report names. On a store of its own, which holds no rows."""
     first, folder = evaluated
-    again = run(CONFIG, inputs, make_workspace(tmp_path, chain.store, identity="again"))
-    second = chain.store.fetch(again)
+    store = copied(chain, inputs, tmp_path)
+    again = run(CONFIG, inputs, make_workspace(tmp_path, store, identity="again"))
+    second = store.fetch(again)
     assert [entry.path for entry in again.files] == [entry.path for entry in first.files]
     for entry in first.files:
         other = (second / entry.path).read_bytes()
@@ -222,9 +232,7 @@ def test_a_killed_run_goes_on_where_it_was(
     chain: Chain, inputs: Inputs, evaluated: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "SHARD_IMAGES", 4)  # two batches of three a shard, two shards a row
-    store = open_store(tmp_path)
-    for made in (chain.teacher, chain.images, chain.selection, chain.latents, *inputs.students.values()):
-        store.publish(chain.store.fetch(made), identity=made.identity, content=made.content, lineage=made.lineage)
+    store = copied(chain, inputs, tmp_path)
     for images in (2, 12, 30):
         workspace = make_workspace(tmp_path, store, identity="first")
         object.__setattr__(workspace, "progress", _KillAfter(images))
@@ -250,6 +258,50 @@ def test_a_killed_run_goes_on_where_it_was(
         for one, two in zip(read_pictures(found / "samples/lcm-at-2"), read_pictures(folder / "samples/lcm-at-2"), strict=True)
     )
     assert whole.content == manifest.content
+
+
+def test_rows_of_an_earlier_evaluation_are_taken_over(
+    chain: Chain, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"prompt_count": 3, "teacher_steps": (2,)})
+    few = inputs.model_copy(update={"students": {"lcm": inputs.students["lcm"]}})
+    store = copied(chain, inputs, tmp_path)
+    drawn: list[str] = []
+    looked: list[int] = []
+    batch, features = samples.Sampler.batch, views.features_of
+    monkeypatch.setattr(
+        samples.Sampler, "batch", lambda self, row, denoiser, first: drawn.append(row.name) or batch(self, row, denoiser, first)
+    )
+    monkeypatch.setattr(views, "features_of", lambda *given: looked.append(1) or features(*given))
+
+    def made(identity: str, config: EvaluateConfig, inputs: Inputs) -> tuple[Any, list[str]]:
+        drawn.clear()
+        looked.clear()
+        found = run(config, inputs, make_workspace(tmp_path, store, identity=identity))
+        assert len(looked) == len(set(drawn)) + (identity == "first"), "a picture is looked at when its row is drawn; the real ones once"
+        return found, list(drawn)
+
+    first, rows = made("first", config, few)
+    assert rows == ["reference@2", "teacher@2", "lcm@4", "lcm@2"]
+    wide = config.model_copy(update={"transfer": (TransferConfig(name="wide", size_px=(16, 24)),)})
+    second, rows = made("second", wide, inputs.model_copy(update={"students": few.students | {"more": inputs.students["lightning-8-1"]}}))
+    assert set(rows) == {"more@1"} | {
+        f"{row}+wide" for row in ("reference@2", "teacher@2", "teacher@4", "teacher@1", "lcm@4", "lcm@2", "more@1")
+    }
+    assert first.content.scores.items() <= second.content.scores.items()
+    third, rows = made("third", wide.model_copy(update={"grid_prompts": 1}), few)
+    assert rows == [] and third.content.scores.items() <= second.content.scores.items()
+    for change in ({"seed": 1}, {"batch_size": 2}, {"prompt_count": 2}, {"teacher_guidance_scale": 2.0}):
+        _, rows = made(f"changed {change}", config.model_copy(update=change), few)
+        assert {"teacher@2", "reference@2"} <= set(rows), change
+        assert ("lcm@4" in rows) == ("teacher_guidance_scale" not in change)
+
+    other = config.model_copy(update={"seed": 2})
+    fourth, _ = made("fourth", other, few)
+    entry = fourth.file("samples/lcm-at-4/shard-00000.tar")
+    (tmp_path / "store" / "artifacts" / fourth.identity / "files" / entry.sha256[:16] / entry.path).unlink()
+    _, rows = made("damaged", other.model_copy(update={"grid_prompts": 2}), few)
+    assert rows == ["lcm@4"], "what is lost is drawn again"
 
 
 def test_a_student_that_is_the_teacher_draws_the_teachers_pictures(chain: Chain, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`finetune`: the loss in closed form, what is trained on, a LoRA and a base that plain diffusers loads, the same after a stop."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infra.progress import NullProgress
 from schemas.base import digest
@@ -30,7 +32,10 @@ from stages.plan import make_plan
 from stages.students import Student
 from stages.training import Draw
 from stages.training.latent_batches import LatentBatch
+from stages.training.metrics import read_metrics
 from tests import tiny_pipelines
+from tests.stages.killed import Job, parts_of, run_until_it_dies
+from tests.stages.killed import run as run_job
 from tests.tiny_pipelines import DDIMScheduler
 from tests.training import artifacts
 
@@ -171,6 +176,41 @@ def test_a_base_is_a_complete_teacher_and_a_run_gone_on_with_ends_with_the_same_
     assert [part.name for part in again.parts()] == ["checkpoint-00000002", "checkpoint-00000003"]
     again.delete_parts(["checkpoint-00000003"])  # which a killed process would not have written
     assert finetune.run(settings, inputs, again).files == base.files
+
+
+@pytest.mark.slow
+def test_after_a_sigkill_it_ends_with_the_same_bytes(place: Place) -> None:
+    folder, teacher, latents = place
+    settings = config(ema_decay=0.8)
+    inputs = {"teacher": teacher.identity, "latents": latents.identity}
+    job = Job(
+        stage="finetune", config=settings.model_dump(mode="json"), inputs=inputs, folder=str(folder), identity="killed", seed=3,
+        die_after_parts=1,
+    )  # fmt: skip
+    run_until_it_dies(job)
+    assert parts_of(job) == ["checkpoint-00000002"]
+    assert run_job(job.model_copy(update={"die_after_parts": None})).files == run(place, settings).files
+
+
+def test_its_figures_are_reported_as_a_students_are(place: Place) -> None:
+    store = artifacts.open_store(place[0])
+    for made, heading, says in (
+        (
+            run(place, config(captions=r"\bCAT\b", ema_decay=0.9)),
+            "A style",
+            "LoRA of rank 2, of 4 pictures · 4 optimiser steps of 4 samples",
+        ),
+        (run(place, config(network="unet")), "Another base", "whole UNet, says "),
+    ):
+        folder = store.fetch(made)
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert f"<h1>{heading}</h1>" in page and says in page
+        for title in ("Loss of the student", "Standard deviation", "Norm of the gradients", "Learning rate"):
+            assert title in page
+        assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+        read = EventAccumulator(str(folder / "tensorboard")).Reload()
+        losses = [row["student.loss"] for row in read_metrics(folder / "metrics.parquet")]
+        assert [event.value for event in read.Scalars("student/loss")] == pytest.approx(losses)
 
 
 def test_a_pattern_without_captions_and_another_teachers_latents_are_refused(place: Place) -> None:

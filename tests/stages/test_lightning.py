@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from schemas.errors import BadInput
 from schemas.lightning import LightningConfig, LinkConfig, trailing_timesteps
-from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Latents, Manifest, StudentManifest, Teacher
 from schemas.training import OptimizerConfig
 from stages import lightning
 from stages.diffusion.conditioning import Conditioning
@@ -224,8 +224,8 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest[Teach
 def run_link(
     place: tuple[Path, Manifest[Teacher], Manifest[Latents]],
     settings: LinkConfig,
-    previous: Manifest[StudentUNet | StudentLoRA] | None = None,
-) -> Manifest[StudentUNet | StudentLoRA]:
+    previous: StudentManifest | None = None,
+) -> StudentManifest:
     folder, teacher, latents = place
     inputs = lightning.Inputs(teacher=teacher, latents=latents, source=previous, start=previous)
     return lightning.run(settings, inputs, artifacts.workspace(folder, config=settings))

@@ -3,7 +3,7 @@
 from schemas.base import digest
 from schemas.evaluation import EvaluateConfig
 from schemas.lightning import LightningConfig, LinkConfig, trailing_timesteps
-from schemas.manifest import Lineage, Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Lineage, Manifest, StudentLoRA, StudentManifest, StudentUNet, Teacher
 from stages.evaluate.rows import rows_of
 from stages.publish.variants import variant_names
 
@@ -12,12 +12,12 @@ TEACHER = Teacher(
 )
 
 
-def students(section: dict[str, object]) -> dict[str, Manifest[StudentUNet | StudentLoRA]]:
+def students(section: dict[str, object]) -> dict[str, StudentManifest]:
     """The published students of a chain, as the stage describes them."""
     return {run.name: described(run.name, run.config) for run in LightningConfig.model_validate(section).runs() if run.published}
 
 
-def described(node: str, config: LinkConfig) -> Manifest[StudentUNet | StudentLoRA]:
+def described(node: str, config: LinkConfig) -> StudentManifest:
     facts = {
         "method": "lightning-mse" if config.adversarial is None else "lightning",
         "steps": (config.steps,),

@@ -29,7 +29,7 @@ from stages.training.events import EVENTS_FILE, write_events
 from stages.training.metrics import kept_rows, read_metrics
 from stages.training.randomness import derive_seed
 from stages.watching.look import strip
-from stages.watching.report import render_report
+from stages.watching.report import Training, render_report
 from stages.workspace import Workspace
 from tests.training import artifacts
 from tests.training.mortal import Killed, Mortal
@@ -199,7 +199,7 @@ def test_the_report_asks_nothing_of_a_server_and_marks_alarms(place: Place, watc
         assert said in page
     assert page == render_again(place, watched)
     assert 'class="threshold"' not in page
-    marked = render_report(watched.content, ROWS, link(), watched.lineage, None)
+    marked = render_report(Training(watched.content, ROWS, link(), watched.lineage))
     assert "Step 5: alarm <code>saturated</code>. Training went back to step 3" in marked
     assert 'class="threshold"' in marked
     assert "nan" not in marked.lower().replace("finance", "")
@@ -214,4 +214,4 @@ def render_again(place: Place, made: Manifest[Any]) -> str:
     captions = tuple(artifacts.CAPTIONS[index] for index in indices(seed, 0, 4, len(artifacts.CAPTIONS)))[:2]
     strips = {step: (files / f"grids/step-{step:06d}.png").read_bytes() for step in (3, 6, 7)}
     seen = Seen(made.content.best_step, made.content.best_fid, {}, captions, strips, (files / "grids/teacher.png").read_bytes())
-    return render_report(made.content, read_metrics(files / "metrics.parquet"), link(), made.lineage, seen)
+    return render_report(Training(made.content, read_metrics(files / "metrics.parquet"), link(), made.lineage, seen))

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from schemas.data import EncodeConfig
 from schemas.lightning import LinkConfig
-from schemas.manifest import Latents, Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import Latents, Manifest, StudentManifest, Teacher
 from stages import lightning
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import predict
@@ -28,7 +28,6 @@ from tests.training import artifacts
 ROOT = Path(__file__).resolve().parents[2]
 ADAM = {"learning_rate": 1e-4}
 Place = tuple[Path, Manifest[Teacher], Manifest[Latents]]
-Student = Manifest[StudentUNet | StudentLoRA]
 
 
 def config(steps: int = 4, **more: object) -> LinkConfig:
@@ -43,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return folder, teacher, artifacts.make_latents(folder, teacher)
 
 
-def run(place: Place, settings: LinkConfig, source: Student | None = None, start: Student | None = None) -> Student:
+def run(place: Place, settings: LinkConfig, source: StudentManifest | None = None, start: StudentManifest | None = None) -> StudentManifest:
     folder, teacher, latents = place
     inputs = lightning.Inputs(teacher=teacher, latents=latents, source=source, start=start)
     return lightning.run(settings, inputs, artifacts.workspace(folder, config=settings))

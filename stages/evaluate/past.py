@@ -1,0 +1,84 @@
+"""Rows that earlier evaluations on the store hold: an entry more, or a student more, costs its own rows and no other."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from schemas.base import Sha256, digest
+from schemas.errors import CorruptArtifact
+from schemas.evaluation import ReferenceConfig
+from schemas.manifest import Evaluation, Manifest
+from stages.evaluate.metrics.catalogue import View
+from stages.evaluate.rows import Row
+from stages.evaluate.samples import Sampler
+from stages.registry import stage
+from stages.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_NAMES = ("model", "family", "on")
+"""Fields of a row that say what it is called and not how it is drawn."""
+
+
+def key_of(**made_of: Any) -> Sha256:
+    """Digest of all that a row's files follow from."""
+    return digest({"revision": stage("evaluate").revision, **made_of})
+
+
+def row_key(row: Row, sampler: Sampler, looks: ReferenceConfig, shown: Sequence[View], weights: Mapping[str, Any]) -> Sha256:
+    """Digest of all that a row's samples and features follow from; `weights` says by digests what draws it, and on what pictures."""
+    drawn = {name: value for name, value in asdict(row).items() if name not in _NAMES}
+    shared = {"prompts": sampler.prompts.digest, "seed": sampler.seed, "batch_size": sampler.batch_size}
+    return key_of(row=drawn, looks=looks.identity_fields(), shown=list(shown), weights=dict(weights), **shared)
+
+
+def samples_folder(folder: Path, slug: str) -> Path:
+    """Where an evaluation's folder has the shards of a row."""
+    return folder / "samples" / slug
+
+
+def features_file(folder: Path, slug: str) -> Path:
+    """Where it has a row's features."""
+    return folder / "features" / f"{slug}.safetensors"
+
+
+class PastRows:
+    """Finished rows by their key."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    @cached_property
+    def _held(self) -> dict[Sha256, tuple[Manifest, str]]:
+        """Manifest of the evaluation and name of the row's files, by key. Every manifest of the store is read, once."""
+        found: dict[Sha256, tuple[Manifest, str]] = {}
+        for manifest in self._workspace.store.manifests():
+            if isinstance(manifest.content, Evaluation):
+                found |= {key: (manifest, slug) for slug, key in manifest.content.rows.items()}
+        return found
+
+    def take(self, key: Sha256, slug: str, folder: Path) -> bool:
+        """Copy a row's files into an evaluation's folder, under this slug; False where no evaluation holds it whole."""
+        if key not in self._held:
+            return False
+        manifest, known = self._held[key]
+        there, here = Path(), folder
+        moved = {features_file(there, known).as_posix(): features_file(here, slug)}
+        shards = samples_folder(there, known)
+        moved |= {
+            entry.path: samples_folder(here, slug) / Path(entry.path).name for entry in manifest.files if Path(entry.path).parent == shards
+        }
+        try:
+            source = self._workspace.fetch(manifest, sorted(moved))
+        except (CorruptArtifact, FileNotFoundError) as error:
+            logger.warning("%s of evaluation %s is made anew: %s", known, manifest.identity[:12], error)
+            return False
+        for path, target in moved.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, target)
+        logger.info("%s: as in evaluation %s", slug, manifest.identity[:12])
+        return True
