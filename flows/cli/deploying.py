@@ -1,6 +1,7 @@
 """Commands that bring flows to a Prefect server and run what it schedules: `serve`, `deploy`, `worker`."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,8 +61,10 @@ def worker(
         )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # of the pool's command: python
     named = ["--name", name] if name else []
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit), *named]
-    os.execv(sys.executable, command)  # so that signals to this process reach Prefect's worker itself
+    import flows.process_worker  # noqa: F401 - registers itself for the type
+
+    sys.argv = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit), *named]
+    runpy.run_module("prefect", run_name="__main__")  # its own command, which handles signals too
 
 
 def _require_server() -> None:

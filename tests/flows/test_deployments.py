@@ -1,9 +1,12 @@
 """Deployments and work pools as `distill deploy` and `prefect.yaml` make them."""
 
+import asyncio
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
+from anyio import CapacityLimiter
 
 from schemas.errors import BadInput
 from stages.registry import STAGES
@@ -104,3 +107,22 @@ def test_templates_are_valid_and_all_their_placeholders_have_a_variable(text: st
     if kind == "docker":
         assert bool(made["container_create_kwargs"].get("device_requests")) == ("cuda" in text)
     assert (made["env"].get("DISTILL_DEVICE") == "cuda") == ("cuda" in text)
+
+
+def test_a_worker_outlives_the_retry_of_a_run_whose_process_is_still_ending() -> None:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.responses import WorkerFlowRunResponse
+    from prefect.utilities.dispatch import lookup_type
+    from prefect.workers.base import BaseWorker
+
+    from flows.process_worker import PatientProcessWorker
+
+    assert lookup_type(BaseWorker, "process") is PatientProcessWorker, "what prefect worker start takes"
+
+    async def retried() -> list[FlowRun]:
+        worker, run = PatientProcessWorker("pool", limit=2), FlowRun(flow_id=uuid4())
+        worker._limiter = CapacityLimiter(2)
+        worker._limiter.acquire_on_behalf_of_nowait(run.id)
+        return await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse(work_pool_id=uuid4(), work_queue_id=uuid4(), flow_run=run)])
+
+    assert asyncio.run(retried()) == []
