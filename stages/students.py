@@ -104,9 +104,11 @@ class Student:
         return cls(denoiser, parameters, tensors | dict(denoiser.unet.named_buffers()) if whole else tensors)
 
 
-def check_teacher(
-    teacher: Manifest[Teacher], latents: Manifest[Latents] | Manifest[Pairs], *students: Manifest[StudentUNet | StudentLoRA] | None
-) -> None:
+TrainingSet = Manifest[Latents] | Manifest[Pairs]
+"""What students are trained on. A line of its own: pydantic reads the source around the first use of such a type, and fails inside a statement."""
+
+
+def check_teacher(teacher: Manifest[Teacher], latents: TrainingSet, *students: Manifest[StudentUNet | StudentLoRA] | None) -> None:
     """Refuse latents or a student of another teacher. Raises `BadInput` naming both."""
     made_for = [("latents", latents.content.teacher)]
     made_for += [(f"student {student.identity[:12]}", student.content.teacher) for student in students if student is not None]
