@@ -307,5 +307,9 @@ class Manifest(Model, Generic[C]):
         raise KeyError(f"artifact {self.identity[:12]} ({self.kind}) holds no file {path!r}")
 
 
+# Each on a line of its own: pydantic reads the source around the first use of such a type, and fails inside a statement.
 StudentManifest = Manifest[StudentUNet | StudentLoRA]
 """Of a student of either form."""
+
+EncodedManifest = Manifest[Latents] | Manifest[Pairs]
+"""Of what a student is trained on: encoded pictures, or what the teacher itself drew."""

@@ -1,12 +1,9 @@
 """What a student is trained on: encoded pictures, or what the teacher itself drew. A method sees no difference."""
 
-from schemas.manifest import Latents, Manifest, Pairs, Teacher
+from schemas.manifest import EncodedManifest, Manifest, Pairs, Teacher
 from stages.latents import LatentSet
 from stages.pairs.pair_set import PairSet
 from stages.workspace import Workspace
-
-EncodedManifest = Manifest[Latents] | Manifest[Pairs]
-"""The artifact of either."""
 
 Encoded = LatentSet | PairSet
 """Either, open: an `EncodedSet` with captions, and the conditioning of no text."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas.errors import BadInput
-from schemas.manifest import Latents, Manifest, Pairs, StudentLoRA, StudentManifest, StudentUNet, Teacher
+from schemas.manifest import EncodedManifest, Manifest, StudentLoRA, StudentManifest, StudentUNet, Teacher
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.lora import LORA_FILE, load_lora, merge_lora, save_lora
 from stages.diffusion.lora_merged import merge_in_training
@@ -104,7 +104,7 @@ class Student:
         return cls(denoiser, parameters, tensors | dict(denoiser.unet.named_buffers()) if whole else tensors)
 
 
-def check_teacher(teacher: Manifest[Teacher], latents: Manifest[Latents] | Manifest[Pairs], *students: StudentManifest | None) -> None:
+def check_teacher(teacher: Manifest[Teacher], latents: EncodedManifest, *students: StudentManifest | None) -> None:
     """Refuse latents or a student of another teacher. Raises `BadInput` naming both."""
     made_for = [("latents", latents.content.teacher)]
     made_for += [(f"student {student.identity[:12]}", student.content.teacher) for student in students if student is not None]

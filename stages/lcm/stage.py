@@ -6,10 +6,10 @@ from typing import Any
 
 from schemas.base import Model
 from schemas.lcm import LcmConfig
-from schemas.manifest import Manifest, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import EncodedManifest, Manifest, StudentLoRA, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.schedule import lcm_timesteps
-from stages.encoded import EncodedManifest, open_encoded
+from stages.encoded import open_encoded
 from stages.lcm.distillation import ConsistencyDistillation
 from stages.lcm.networks import Networks
 from stages.lcm.start import check_start

@@ -9,14 +9,14 @@ import torch
 from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.lightning import LinkConfig, trailing_timesteps
-from schemas.manifest import Manifest, StudentLoRA, StudentManifest, StudentUNet, Teacher
+from schemas.manifest import EncodedManifest, Manifest, StudentLoRA, StudentManifest, StudentUNet, Teacher
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.discriminator import Discriminator, UNetEncoder, unet_discriminator
 from stages.diffusion.lora import add_lora, load_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES
-from stages.encoded import Encoded, EncodedManifest, open_encoded
+from stages.encoded import Encoded, open_encoded
 from stages.lightning.adversarial import AdversarialLink
 from stages.lightning.regression import ProgressiveLink, SampleSwitch
 from stages.students import Student, check_teacher, load_student, ready_for_training, weight_files
