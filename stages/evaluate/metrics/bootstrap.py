@@ -6,7 +6,10 @@ jackknife's derivative). For means that is the bootstrap itself. For distances b
 set, and must: a set drawn with replacement has fewer distinct pictures, on which FID is higher by far more than it varies (of 60 pictures with
 200 features of one distribution 4.7 instead of 3.6, where the standard deviation is .09), so that the plain percentiles would not even hold the
 value; and each would cost a matrix root of 2048 dimensions. Where two sets are of one distribution the first order is not all: the interval is
-then wider than needed (standard deviation .13 in that case), never narrower.
+then wider than needed (.13 instead of .09 in that case).
+
+An interval is that of the figure for this number of pictures. How far that is from its limit for many, which is most of a FID of few, it does not
+say.
 """
 
 from dataclasses import dataclass
