@@ -1,6 +1,9 @@
 """KID (Bińkowski et al., arXiv 1801.01401): squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, without bias.
 
 Computed over all pairs; clean-fid takes the mean over random subsets of 1,000, which has the same expectation.
+
+Without bias for independent sets. Sets of the same prompts, such as a row and the teacher's other samples, have their likes in each other: theirs is
+somewhat below zero where both are of one model.
 """
 
 from functools import partial
