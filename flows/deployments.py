@@ -5,9 +5,7 @@ from typing import Any, Final
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
-from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
 from flows.chain import distill_chain
@@ -52,24 +50,18 @@ def _tags(flow: Flow[..., Any], pool: str | None) -> list[str]:
 
 
 def deploy(pools: Sequence[Pool], limits: Mapping[str, int]) -> list[str]:
-    """Make the pools, the limits, the deployments and the watch over their runs on the configured server; return the deployments' full names.
+    """Make the pools, the deployments and the watch over their runs on the configured server; return the deployments' full names.
 
-    `limits`: of a pool, the runs it has at a time; of any other name, the stage runs with that tag at a time, over all pools and hosts. Raises
-    `BadInput`, and `RunFailed` when the server refuses.
+    `limits`: of a pool, the runs that all its workers together have at a time. Raises `BadInput`, and `RunFailed` when the server refuses.
     """
     names = [pool.name for pool in pools]
+    unknown = sorted(set(limits) - set(names))
+    if unknown:
+        raise BadInput(f"--limit {unknown[0]}: is none of the pools {', '.join(names)}")
     with get_client(sync_client=True) as client:
         for pool in pools:
             create_pool(client, pool, limits.get(pool.name))
         watch_for_lost_runs(client)
-        for tag, slots in limits.items():
-            if tag in names:
-                continue
-            try:
-                client.read_global_concurrency_limit_by_name(f"tag:{tag}")
-                client.update_global_concurrency_limit(f"tag:{tag}", GlobalConcurrencyLimitUpdate(limit=slots, active=True))
-            except ObjectNotFound:
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=f"tag:{tag}", limit=slots, active=True))
     made = list(deployments(names))
     for deployment in made:
         try:
@@ -85,6 +77,6 @@ def parse_limits(items: Sequence[str]) -> dict[str, int]:
     for item in items:
         name, _, count = item.partition("=")
         if not name or not (count.isascii() and count.isdecimal() and int(count) > 0):
-            raise BadInput(f"--limit {item}: expected NAME=COUNT with a pool or a tag and a whole number of at least 1, such as training=2")
+            raise BadInput(f"--limit {item}: expected NAME=COUNT with a pool and a whole number of at least 1, such as gpu=2")
         limits[name] = int(count)
     return limits

@@ -20,7 +20,6 @@ from flows.texts import manifest_page
 from infra.progress import Progress, local_progress
 from schemas.errors import Transient
 from schemas.manifest import Manifest
-from schemas.training import TrainingConfig
 from stages.plan import Node, Plan
 from stages.runner import Surroundings, execute, find_complete
 
@@ -48,14 +47,6 @@ def stage_progress(node: Node) -> Iterator[Progress]:
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Retry only what may pass by itself: never a bad recipe, a NaN or a bug."""
     return isinstance(state.result(raise_on_failure=False), Transient)
-
-
-def stage_tags(node: Node) -> set[str]:
-    """Tags whose limits on the server bound how many stage runs go on at a time, over all pools and hosts.
-
-    A task that waits for another machine has none: it would hold the place that the run it waits for needs.
-    """
-    return {node.stage, "training"} if isinstance(node.config, TrainingConfig) else {node.stage}
 
 
 def identity_key(_context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
@@ -93,7 +84,6 @@ def run_stage(
         name=node.stage,
         description=f"The stage {node.stage} of the recipe {plan.recipe.name}.",
         task_run_name=title(node),
-        tags=set() if elsewhere else stage_tags(node),
         persist_result=True,
         result_storage=storage,
         result_serializer="json",

@@ -32,9 +32,7 @@ def deploy(
         list[str] | None,
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A work pool; may be repeated. Default: cpu=process and gpu=process:cuda."),
     ] = None,
-    limit: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, or stage runs with a tag such as training.")
-    ] = None,
+    limit: Annotated[list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, over all its workers.")] = None,
 ) -> None:
     """Make work pools, and a deployment of the chain and of every single stage on them, on the Prefect server of PREFECT_API_URL."""
     _require_server()

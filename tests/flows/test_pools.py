@@ -60,10 +60,9 @@ def pools(chain: ToyChain, prefect_server: str, client: Any) -> Iterator[None]:
     from flows.deployments import deploy
     from flows.pools import Pool, create_pool
 
-    names = deploy([Pool("cpu"), Pool("gpu")], {"gpu": 1, "training": 1})
+    names = deploy([Pool("cpu"), Pool("gpu")], {"gpu": 1})
     create_pool(client, Pool("gpu"), 2)  # again, to the one that is there already
     assert client.read_work_pool("gpu").concurrency_limit == 2
-    assert client.read_global_concurrency_limit_by_name("tag:training").limit == 1
     (watch,) = client.read_automations_by_name("distill: runs of lost workers")
     assert watch.trigger.within.total_seconds() == 120
     assert {"distill-chain/cpu", "distill-encode/gpu"} <= set(names) and "distill-chain/gpu" not in names
