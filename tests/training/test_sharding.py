@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
 from schemas.base import digest
+from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Latents, Manifest, Teacher
@@ -47,6 +48,7 @@ def link(**more: object) -> LinkConfig:
 
 
 LCM = {"training_steps": 2, "batch_size": 4, "warmup_steps": 0, "optimizer": ADAM}
+FINETUNE = {"training_steps": 2, "batch_size": 4, "accumulation_steps": 2, "optimizer": ADAM}
 LOOKS = {"every": 1, "images": 4, "teacher_steps": 2, "extractor": "efficientnet-lite0", "grid_images": 2, "batch_size": 4}
 ANCHORS = {"action": "roll_back", "anchor_every": 1}
 
@@ -58,6 +60,8 @@ CASES: Mapping[str, tuple[str, Any, tuple[str, ...]]] = {
     "watched": ("lightning", link(watch=LOOKS, alarms=ANCHORS, adversarial=None, training_steps=2), ("full",)),
     "lcm": ("lcm", LcmConfig.model_validate(LCM | {"lora_rank": 4}), ("full",)),
     "lcm-unet": ("lcm", LcmConfig.model_validate(LCM | {"network": "unet", "guidance_w_range": (2, 14), "target_decay": 0.6}), ("optimizer", "full")),
+    "style": ("finetune", FinetuneConfig.model_validate(FINETUNE | {"lora_rank": 4}), ("full",)),
+    "base": ("finetune", FinetuneConfig.model_validate(FINETUNE | {"network": "unet", "ema_decay": 0.6}), ("optimizer", "full")),
 }  # fmt: skip
 """Stage, configuration, and how it is divided."""
 SHARDINGS = ("optimizer", "full")
