@@ -19,6 +19,7 @@ from torch import distributed, multiprocessing
 
 from schemas.base import digest
 from schemas.dmd import DmdConfig
+from schemas.finetune import FinetuneConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.manifest import Latents, Manifest, Teacher
@@ -49,6 +50,7 @@ def link(**more: object) -> LinkConfig:
 
 LCM = {"training_steps": 2, "batch_size": 4, "warmup_steps": 0, "optimizer": ADAM}
 DMD2 = {"steps": 4, "regression": None, "gan": {}, "fake_updates": 2}
+FINETUNE = {"training_steps": 2, "batch_size": 4, "accumulation_steps": 2, "optimizer": ADAM}
 LOOKS = {"every": 1, "images": 4, "teacher_steps": 2, "extractor": "efficientnet-lite0", "grid_images": 2, "batch_size": 4}
 ANCHORS = {"action": "roll_back", "anchor_every": 1}
 
@@ -61,6 +63,8 @@ CASES: Mapping[str, tuple[str, Any, tuple[str, ...]]] = {
     "lcm": ("lcm", LcmConfig.model_validate(LCM | {"lora_rank": 4}), ("full",)),
     "lcm-unet": ("lcm", LcmConfig.model_validate(LCM | {"network": "unet", "guidance_w_range": (2, 14), "target_decay": 0.6}), ("optimizer", "full")),
     "dmd": ("dmd", DmdConfig.model_validate(LCM | DMD2), ("full",)),
+    "style": ("finetune", FinetuneConfig.model_validate(FINETUNE | {"lora_rank": 4}), ("full",)),
+    "base": ("finetune", FinetuneConfig.model_validate(FINETUNE | {"network": "unet", "ema_decay": 0.6}), ("optimizer", "full")),
 }  # fmt: skip
 """Stage, configuration, and how it is divided."""
 SHARDINGS = ("optimizer", "full")
