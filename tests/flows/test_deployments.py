@@ -60,6 +60,14 @@ def test_a_wrong_limit_is_refused(text: str) -> None:
         parse_limits([text])
 
 
+def test_a_limit_of_no_pool_is_refused_before_anything_is_made() -> None:
+    from flows.deployments import deploy
+    from flows.pools import Pool
+
+    with pytest.raises(BadInput, match="--limit training: is none of the pools cpu, gpu"):
+        deploy([Pool("cpu"), Pool("gpu")], {"training": 1})
+
+
 def test_gpu_pools_name_the_device() -> None:
     from flows.pools import Pool
 
