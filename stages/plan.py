@@ -30,7 +30,7 @@ class Node:
     @property
     def section(self) -> str:
         """Name of its section in the recipe."""
-        return self.stage.replace("-", "_")
+        return stage(self.stage).section
 
     def upstream(self) -> tuple[str, ...]:
         """Names of the nodes it reads, in order."""
@@ -117,8 +117,8 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         read = dict.fromkeys(run for entry in recipe.evaluate.transfer for run in entry.finetuned().values())
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students), "finetuned": tuple(read)}
         if recipe.evaluate.reference is not None:
-            pictures = {"pictures": recipe.evaluate.reference}
-            nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=pictures))
+            places = _outside(reference=recipe.evaluate.reference)
+            nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=places))
             inputs["reference"] = "reference"
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:
@@ -188,7 +188,7 @@ def _outside_digests(nodes: Sequence[Node], outside_digest: Callable[[str], str]
             try:
                 digests[node.name][name] = outside_digest(address)
             except BadInput as error:
-                wrong.append(f"{node.name}.{name}: {error}")  # the names of a section and its field in the recipe
+                wrong.append(f"{node.section}.{name}: {error}")
     if wrong:
         raise BadInput("\n".join(wrong))
     return digests

@@ -32,6 +32,14 @@ class Stage:
     revision: int = 1
     """Raised whenever the stage's results change for the same configuration and inputs."""
 
+    part_of: str | None = None
+    """Section of the recipe that it is made from; None for one of its own."""
+
+    @property
+    def section(self) -> str:
+        """Name of its section in the recipe."""
+        return self.part_of or self.name.replace("-", "_")
+
     def load(self) -> tuple[Callable[..., Manifest], type[Model]]:
         """Import the stage: its run function and its Inputs class."""
         module = self._module()
@@ -73,7 +81,7 @@ STAGES: dict[str, Stage] = {
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=3),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=3),
         Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd"),
-        Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference"),
+        Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference", part_of="evaluate"),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=3),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),
     )

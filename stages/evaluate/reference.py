@@ -32,7 +32,7 @@ class Inputs(Model):
 def preflight(config: ReferenceConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for the extractor's packages, and for pictures where the folder is on this machine. Raises `BadInput`."""
     extractor_spec(config.extractor)
-    folder = Path(outside["pictures"].removeprefix("file://"))
+    folder = Path(outside["reference"].removeprefix("file://"))
     if folder.exists():
         picture_files(folder)
 
@@ -41,7 +41,7 @@ def run(config: ReferenceConfig, _inputs: Inputs, workspace: Workspace) -> Manif
     """Make the artifact `reference_set`. Raises `BadInput` for a folder of fewer than two pictures, and for a picture that is broken or smaller than
     a patch."""
     spec = extractor_spec(config.extractor)
-    source = local_copy(workspace.outside["pictures"], workspace.scratch, lambda path: path.lower().endswith(SUFFIXES))
+    source = local_copy(workspace.outside["reference"], workspace.scratch, lambda path: path.lower().endswith(SUFFIXES))
     paths = picture_files(source)
     viewer = Viewer(config, spec, workspace.device, Pieces(workspace))
     sets = viewer.look("reference", lambda: _pictures(paths, workspace), views_of(config))

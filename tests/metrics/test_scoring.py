@@ -140,7 +140,7 @@ def test_a_reference_set_is_made_once_and_takes_the_place_of_the_selection(chain
     (tmp_path / "coco" / "deeper").mkdir(parents=True)
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / "coco" / ("deeper" if number == 6 else "") / f"{number}.png")
-    outside = {"pictures": str(tmp_path / "coco")}
+    outside = {"reference": str(tmp_path / "coco")}
     looks = CONFIG.reference_config()
     made = reference.run(looks, reference.Inputs(), make_workspace(tmp_path, chain.store, identity="coco", outside=outside))
     assert made.content.images == 7
@@ -169,7 +169,7 @@ def test_a_folder_without_pictures_and_a_broken_one_are_clear_errors(chain: Chai
         reference.picture_files(tmp_path)
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"nothing")
-    workspace = make_workspace(tmp_path, chain.store, identity="broken", outside={"pictures": str(tmp_path)})
+    workspace = make_workspace(tmp_path, chain.store, identity="broken", outside={"reference": str(tmp_path)})
     with pytest.raises(BadInput, match=r"evaluate.reference .*a.png"):
         reference.run(CONFIG.reference_config(), reference.Inputs(), workspace)
 
