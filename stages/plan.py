@@ -117,8 +117,8 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         read = dict.fromkeys(run for entry in recipe.evaluate.transfer for run in entry.finetuned().values())
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students), "finetuned": tuple(read)}
         if recipe.evaluate.reference is not None:
-            places = _outside(reference=recipe.evaluate.reference)
-            nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=places))
+            own = {"reference": recipe.evaluate.reference}
+            nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=own))
             inputs["reference"] = "reference"
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
     if recipe.publish is not None:

@@ -118,7 +118,7 @@ def test_the_report_shows_metrics_intervals_and_speed(evaluated: tuple[Any, Path
 def test_what_cannot_be_measured_is_refused_before_sampling(
     chain: Chain, tmp_path: Path, changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.evaluate.stage.sample_row", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr("stages.evaluate.row_sets.sample_row", lambda *_: pytest.fail("sampled"))
     with pytest.raises(BadInput, match=message):
         run(CONFIG.model_copy(update=changes), Inputs.model_validate(chain.inputs()), make_workspace(tmp_path, chain.store, identity="bad"))
 
