@@ -1,7 +1,7 @@
-"""Latent consistency distillation beside diffusers' script: `python -m benchmarks.lcm_race --script PATH [--rounds 2] [--steps 300] [--images 256]`.
+"""Latent consistency distillation beside diffusers' script: `python -m benchmarks.lcm_race --script PATH [--rounds 2] [--steps 200] [--images 256]`.
 
 Both train a LoRA of the teacher in recipes/tiny_teacher, on the same pictures, with the same batch, steps, rank, optimiser, guidance and solver
-(`lcm` of recipes/tiny-adversarial.yaml and tiny.yaml), in float32 on the CPU with the same number of threads (`OMP_NUM_THREADS`, else 1). PATH is
+(`lcm` of recipes/tiny.yaml), in float32 on the CPU with the same number of threads (`OMP_NUM_THREADS`, else 1). PATH is
 `examples/consistency_distillation/train_lcm_distill_lora_sdxl.py` of the repository huggingface/diffusers, at the tag of the installed version or
 the newest before it; it is run unchanged, and needs `datasets` beside our own packages.
 
@@ -236,16 +236,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path, required=True, help=f"{peer.PLACE} of the repository huggingface/diffusers")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300, help="of the longer runs")
+    parser.add_argument("--steps", type=int, default=200, help="of the longer runs")
     parser.add_argument("--short-steps", type=int, default=20, help="of the runs that are subtracted")
-    parser.add_argument("--pictures", type=int, default=1024, help="small ones, drawn to train on")
-    parser.add_argument("--large", action="store_true", help="train on the pictures of `make demo` instead, 1088 to 1280 px on a side")
+    parser.add_argument("--small", type=int, help="train on so many of 64 to 128 px; else the pictures of `make demo`, of 1088 to 1280")
     parser.add_argument("--images", type=int, default=256, help="sampled of each student")
     given = parser.parse_args()
     try:
         peer.check_script(given.script)
         with tempfile.TemporaryDirectory(prefix="lcm-race-") as place:
-            setting = prepared_race(Path(place), None if given.large else given.pictures)
+            setting = prepared_race(Path(place), given.small)
             ours, theirs, students = race(given.script.resolve(), setting, rounds=given.rounds, short=given.short_steps, long=given.steps)
             fids = distances(setting, students, given.images)
     except DistillError as error:

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from benchmarks.mixture import BatchDraw, a_mixture, as_student
-from benchmarks.mixture_networks import SCHEDULE, Encoder, StudentNetwork, nothing
+from benchmarks.mixture_networks import SCHEDULE, Encoder, MixtureSet, StudentNetwork, nothing
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.dmd import DmdConfig
@@ -63,6 +63,8 @@ class Setting:
     batch: int = 128
     begin: int = 1500
     """Steps of denoising."""
+    begin_modes: int = 0
+    """Modes whose samples the first training sees, those first in the mixture; 0: all."""
     steps: int = 1500
     """Of each arm."""
     rate: float = 1e-3
@@ -139,7 +141,8 @@ class Run:
         begun = StudentNetwork(mixture.dims, setting.width, seed=self.seed)
         begun.prediction = PREDICTION_TYPES["sample"]
         config = FinetuneConfig(network="unet", caption_dropout=0, **self.shared(setting.begin, setting.rate))
-        self.train(Denoised(config, as_student(begun), unconditional=nothing(1)), reader(data), len(data), config, "begin")
+        seen = data if setting.begin_modes == 0 else MixtureSet(replace(mixture, means=mixture.means[: setting.begin_modes]))
+        self.train(Denoised(config, as_student(begun), unconditional=nothing(1)), reader(seen), len(seen), config, "begin")
         found = [self.row(begun, "before", truth)]
         for arm in ARMS:
             student, fake = (copy.deepcopy(begun).requires_grad_(True) for _ in range(2))
