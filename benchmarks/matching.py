@@ -73,6 +73,8 @@ class Setting:
     pairs: int = 8192
     weight: float = 0.25
     """lambda."""
+    most_noise: float = 0.98
+    """Highest timestep at which distributions are compared, as a share of T."""
     samples: int = 2048
     """Of each row."""
 
@@ -188,6 +190,7 @@ class Run:
             self.shared(self.setting.steps, self.setting.student_rate)
             | {
                 "warmup_steps": 0,
+                "noise_range": (0.02, self.setting.most_noise),
                 "guidance_scale": 1.0,
                 "fake_optimizer": OptimizerConfig(learning_rate=self.setting.rate),
                 "regression": paired if arm in ("regression", "pairs alone") else None,

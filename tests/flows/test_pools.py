@@ -130,6 +130,7 @@ def test_a_chain_whose_encoding_runs_on_another_pool(chain: ToyChain, client: An
     # the other, in this process, has it made to the end.
     data["encode"] = {"batch_size": 3}
     (chain.folder / "encode.seconds").write_text("1")
+    (chain.folder / "encode.step").unlink()
     first = start_chain(chain, client, data)
     wait_until(lambda: "encode" in log(chain), "the start of encode")
     (stage,) = runs_on_gpu(client)[2:]
@@ -138,6 +139,7 @@ def test_a_chain_whose_encoding_runs_on_another_pool(chain: ToyChain, client: An
 
     def cancel_when_joined() -> None:
         joined.wait(PATIENCE_SECONDS)
+        wait_until((chain.folder / "encode.step").exists, "a step of the stage")
         client.set_flow_run_state(first.id, Cancelling())
         wait_until(ended(client, stage), "the end of the cancelled stage")
         (chain.folder / "encode.seconds").write_text("0")
