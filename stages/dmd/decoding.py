@@ -14,7 +14,7 @@ from schemas.dmd import RegressionConfig
 from schemas.errors import BadInput
 from schemas.manifest import Manifest, Teacher
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.dmd.perceptual import build
+from stages.perceptual import build
 from stages.workspace import Workspace
 
 OUTSIDE_VGG, OUTSIDE_DECODER = "regression.vgg", "regression.decoder"

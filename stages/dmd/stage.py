@@ -13,10 +13,10 @@ from stages.dmd.batches import batch_reader
 from stages.dmd.decoding import OUTSIDE_DECODER, OUTSIDE_VGG, open_distance
 from stages.dmd.matching import DistributionMatching
 from stages.dmd.networks import Networks
-from stages.dmd.perceptual import check_packages
 from stages.dmd.warm_up import PairRegression
 from stages.latents import LatentSet
 from stages.pairs.pair_set import PairSet
+from stages.perceptual import check_packages
 from stages.students import check_teacher
 from stages.training import Row, train
 from stages.watching import StudentWatch, check_watch, publish_student

@@ -19,6 +19,7 @@ from stages.evaluate.metrics.perceptual import Distance, diversity, paired
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.samples import read_pictures
+from stages.perceptual import build, check_packages
 from stages.workspace import Workspace
 
 Numbers = NDArray[np.float32]
@@ -79,8 +80,6 @@ class Singles:
 
 def load_distance(config: PerceptualConfig, vgg: Path | None, device: str) -> Distance:
     """The perceptual distance; `vgg` is the file of its weights on this machine. Raises `BadInput`."""
-    from stages.dmd.perceptual import build  # noqa: PLC0415  # the package of dmd imports this one
-
     distance: Distance = build(_as_regression(config), vgg, "evaluate.perceptual").to(device)
     return distance
 
@@ -99,8 +98,6 @@ def _check_size(distance: Distance, resolution: int, config: PerceptualConfig, d
 
 def check_singles(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
     """Look for packages, and at a CLIP model on this machine. Raises `BadInput`."""
-    from stages.dmd.perceptual import check_packages  # noqa: PLC0415  # the package of dmd imports this one
-
     if PERCEPTUAL & set(config.metrics):
         check_packages(_as_regression(config.perceptual), "evaluate.perceptual")
     clip = Path(outside.get("clip_model", "").removeprefix("file://"))

@@ -17,7 +17,7 @@ from infra.torchvision_ops import define_missing_ops
 from schemas.dmd import RegressionConfig
 from schemas.errors import BadInput
 from stages.dmd.decoding import DecodedDistance, decoder, tiny_decoder
-from stages.dmd.perceptual import build
+from stages.perceptual import build
 from tests import tiny_pipelines
 
 
