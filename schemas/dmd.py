@@ -60,6 +60,8 @@ class DmdConfig(StudentTraining):
     """Imagen-convention scale uncond + s (cond - uncond) of the real score; the fake score is not guided."""
     noise_range: tuple[Share, Share] = (0.02, 0.98)
     """Lowest and highest timestep at which distributions are compared, as shares of T. DMD 3.2."""
+    matching: bool = True
+    """Whether distributions are matched. false: the ablation of both papers, where regression, or the GAN, is left alone."""
     fake_updates: PositiveInt = 1
     """Updates of the fake score for each of the student. 1 in DMD, 5 in DMD2 (4.2)."""
     regression: RegressionConfig | None = RegressionConfig()
@@ -81,6 +83,11 @@ class DmdConfig(StudentTraining):
     """DMD, appendix. DMD2 for SDXL: 5e-7, a LoRA 5e-5."""
     fake_optimizer: OptimizerConfig | None = None
     """Of the fake score and the discriminator's head. null: `optimizer`."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether a fake score follows the student's outputs on fresh noise."""
+        return self.matching or self.gan is not None
 
     @property
     def reads_pairs(self) -> bool:
@@ -117,6 +124,11 @@ def _warm_up_outlasts_the_rates(config: DmdConfig) -> Iterator[Mistake]:
         yield ("warm_up", "training_steps"), config.warm_up.training_steps, expected
 
 
+def _something_is_learnt(config: DmdConfig) -> Iterator[Mistake]:
+    if not config.follows and config.regression is None:
+        yield ("matching",), False, "no loss is left to learn from: expected true, or regression or gan beside it"
+
+
 def _noise_range_is_open(config: DmdConfig) -> Iterator[Mistake]:
     if config.noise_range[0] >= config.noise_range[1]:
         yield ("noise_range",), list(config.noise_range), "expected the lowest share before the highest, such as [0.02, 0.98]"
@@ -136,4 +148,10 @@ def _backbones_have_a_use(config: RegressionConfig) -> Iterator[Mistake]:
 
 
 RegressionConfig.cross_checks = (_backbones_have_a_use,)
-DmdConfig.cross_checks = (_several_steps_have_their_grid, _warm_up_outlasts_the_rates, _noise_range_is_open, _a_lora_shares_its_teacher)
+DmdConfig.cross_checks = (
+    _several_steps_have_their_grid,
+    _warm_up_outlasts_the_rates,
+    _something_is_learnt,
+    _noise_range_is_open,
+    _a_lora_shares_its_teacher,
+)

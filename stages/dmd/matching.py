@@ -85,8 +85,8 @@ class DistributionMatching(Method[DmdBatch, DmdBatch]):
         return self._tensors
 
     def turns(self, step: int) -> Sequence[str]:  # noqa: ARG002
-        """The fake score's updates, then the student's."""
-        return (*(FAKE_SCORE,) * self.config.fake_updates, STUDENT)
+        """The fake score's updates, where it follows the student, then the student's."""
+        return (*(FAKE_SCORE,) * (self.config.fake_updates if self.config.follows else 0), STUDENT)
 
     def prepare(self, batch: DmdBatch, draw: Draw) -> DmdBatch:
         """Nothing is shared by the turns but the batch."""
@@ -114,20 +114,26 @@ class DistributionMatching(Method[DmdBatch, DmdBatch]):
         return matching_gradient(x, x0_fake, self.real_x0(x_t, timesteps, conditioning))
 
     def outputs(self, prepared: DmdBatch, draw: Draw) -> tuple[Tensor, Conditioning]:
-        """G on fresh noise, (B, C, h, w), and where there are pairs on theirs behind it, (2 B, C, h, w): the outputs that all losses are of."""
+        """G on fresh noise, (B, C, h, w), and where there are pairs on theirs behind it, (2 B, C, h, w): the outputs that all losses are of.
+
+        Regression alone is of the pairs' only.
+        """
         conditioning = prepared.conditioning
         x_t, timestep = drawn_input(self.student, self.config.timesteps, prepared.shape, conditioning, draw)
-        if prepared.pairs is not None:
+        if not self.config.follows and prepared.pairs is not None:
+            x_t = prepared.pairs.noise
+        elif prepared.pairs is not None:
             x_t, conditioning = torch.cat([x_t, prepared.pairs.noise]), Conditioning.cat([conditioning, conditioning])
         return generate(self.student, x_t, timestep, conditioning), conditioning
 
     def _student_loss(self, prepared: DmdBatch, draw: Draw) -> Mapping[str, Figure]:
         x, conditioning = self.outputs(prepared, draw)
-        eps, timesteps = self._noise(x, draw, "matched", self._lowest, self._highest)
-        matching = matching_loss(x, self.gradient(x.detach(), eps, timesteps, conditioning))
-        loss, figures = matching, dict[str, Figure](matching=matching)
+        loss, figures = x.new_zeros(()), dict[str, Figure]()
+        if self.config.matching:
+            eps, timesteps = self._noise(x, draw, "matched", self._lowest, self._highest)
+            figures["matching"] = loss = matching_loss(x, self.gradient(x.detach(), eps, timesteps, conditioning))
         if self.distance is not None and prepared.pairs is not None and self.config.regression is not None:
-            figures["regression"] = regression = self.distance(x[len(prepared.pairs.noise) :], prepared.pairs.outputs)
+            figures["regression"] = regression = self.distance(x[-len(prepared.pairs.noise) :], prepared.pairs.outputs)
             loss = loss + self.config.regression.weight * regression
         if self.judge is not None and self.config.gan is not None:
             figures["adversarial"] = adversarial = generator_loss(self._judged(x, conditioning, draw, "judged"))

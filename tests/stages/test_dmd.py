@@ -49,6 +49,20 @@ def test_players_take_their_turns_and_reach_their_own_parameters(tmp_path: Path)
     }
 
 
+def test_without_matching_what_is_left_is_learnt_from(tmp_path: Path) -> None:
+    """Regression alone: the fake score has no turns and stays as it was. Beside a GAN, whose head is on it, it follows the student still."""
+    alone = config(matching=False, training_steps=2)
+    method = a_matching(alone)
+    before = {name: value.clone() for name, value in method.state()[FAKE_SCORE].items()}
+    data = batch_reader(MixtureSet(), MadeUpPairs()), 64
+    rows = train(method, *data, alone, make_workspace(tmp_path), seed=1)
+    assert all(torch.equal(before[name], value) for name, value in method.state()[FAKE_SCORE].items())
+    assert rows[0]["student.loss"] == pytest.approx(alone.regression.weight * rows[0]["student.regression"])  # type: ignore[union-attr]
+    assert not any(key.startswith(FAKE_SCORE) or key == "student.matching" for row in rows for key in row)
+    beside = a_matching(config(matching=False, gan={}, regression=None))
+    assert list(beside.turns(0)) == [FAKE_SCORE, STUDENT]
+
+
 @pytest.mark.parametrize("lost", ["network-fake_score", "network-discriminator", "network-student", "optimizer-fake_score"])
 def test_a_checkpoint_that_lacks_a_piece_is_refused_by_its_name(tmp_path: Path, lost: str) -> None:
     settings = config(gan={}, training_steps=2)
@@ -198,6 +212,7 @@ def test_bad_input_is_named_before_training(sdxl: Place) -> None:
         ({"steps": 4}, "regression", "does not say in one call: expected null here"),
         ({"steps": 3, "regression": None}, "steps", "expected a divisor of 1000"),
         ({"steps": 2, "regression": None, "timestep": 399}, "timestep", "expected nothing here"),
+        ({"matching": False, "regression": None}, "matching", "no loss is left to learn from"),
         ({"noise_range": [0.5, 0.5]}, "noise_range", "lowest share before the highest"),
         ({"network": "lora", "teacher_precision": "bfloat16"}, "teacher_precision", "expected network: unet"),
         ({"regression": {"distance": "l2", "decoder": "x"}}, "regression.decoder", "has no use for it"),
