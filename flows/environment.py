@@ -29,6 +29,9 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
 """Value, then further names of the same setting."""
 
 API_URL = "PREFECT_API_URL"
+API_AUTHENTICATION = "PREFECT_API_AUTH_STRING"
+"""`user:password` of the server, as its clients know it."""
+_SERVER_AUTHENTICATION = "PREFECT_SERVER_API_AUTH_STRING"
 
 
 def prepare() -> None:
@@ -37,6 +40,11 @@ def prepare() -> None:
     for name, (value, *aliases) in DEFAULTS.items():
         if not known & {name, *aliases}:
             os.environ[name] = value
+    # One setting is enough, of whichever of the two a person thinks: what is started here serves those who have it, and asks with it.
+    authentication = os.environ.get(API_AUTHENTICATION) or os.environ.get(_SERVER_AUTHENTICATION)
+    if authentication:
+        for name in (API_AUTHENTICATION, _SERVER_AUTHENTICATION):
+            os.environ[name] = os.environ.get(name) or authentication
     for room in ROOMS:  # Prefect hands on what passes the logger's level, and the root's is a warning
         logger = logging.getLogger(room)
         if logger.level == logging.NOTSET:

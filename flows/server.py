@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from typing import Self
 
 from flows import environment
@@ -58,7 +59,7 @@ class EmbeddedServer:
     def wait(self) -> None:
         """Wait until it answers. Raises `RunFailed` when it does not, and `BadInput` when a configured server does not."""
         if self._process is None:
-            _check_configured()
+            check_configured()
             return
         limit = float(os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"])
         end = time.monotonic() + limit
@@ -85,16 +86,27 @@ class EmbeddedServer:
             del os.environ[environment.API_URL]
 
 
-def _check_configured() -> None:
+def check_configured() -> None:
+    """Ask the configured server whether it is there and lets us in. Raises `BadInput`."""
     from prefect.client.orchestration import get_client  # noqa: PLC0415 - this module is imported before Prefect
+    from prefect.exceptions import PrefectHTTPStatusError  # noqa: PLC0415
     from prefect.settings import PREFECT_API_URL  # noqa: PLC0415
 
-    problem = get_client(sync_client=True).api_healthcheck()
+    client = get_client(sync_client=True)
+    problem = client.api_healthcheck()
     if problem is not None:
         raise BadInput(
             f"Prefect server {PREFECT_API_URL.value()}: does not answer ({problem}); "
             "start it with: prefect server start, or leave PREFECT_API_URL unset"
         )
+    try:
+        client.api_version()  # its health anybody may ask for
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code != HTTPStatus.UNAUTHORIZED:
+            raise
+        raise BadInput(
+            f"Prefect server {PREFECT_API_URL.value()}: asks for user:password; expected them in {environment.API_AUTHENTICATION}"
+        ) from error
 
 
 def answers(url: str) -> bool:

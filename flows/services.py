@@ -60,7 +60,7 @@ def run_services(ask: Ask, ready: Callable[[], None]) -> None:
         reach, store = _object_store(ask)
         if store is not None:
             supervisor.start(store)
-        reach = {environment.API_URL: ask.url, **reach}
+        reach = {environment.API_URL: ask.url, **_authentication(), **reach}
         supervisor.start(_server(ask))
         os.environ.update(reach)
         names = _deploy(ask)
@@ -134,6 +134,12 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
+def _authentication() -> dict[str, str]:
+    """Return what a client of the server needs beside its address: nothing, unless this process was told to ask for it."""
+    given = os.environ.get(environment.API_AUTHENTICATION)
+    return {environment.API_AUTHENTICATION: given} if given else {}
+
+
 def _object_store(ask: Ask) -> tuple[dict[str, str], Service | None]:
     """Return what reaches the store, and the service where one is to be started; address and credentials stay from one time to the next."""
     if ask.store is not None:
@@ -171,7 +177,8 @@ def _require_free(port: int, where: str) -> None:
 
 def _server(ask: Ask) -> Service:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(ask.port)]
-    settings = {"PREFECT_HOME": str(ask.folder / "prefect")}
+    # told to browsers: without it those of a server on another port ask the default one
+    settings = {"PREFECT_HOME": str(ask.folder / "prefect"), "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or ask.url}
     if ask.database is not None:
         settings["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = ask.database
     return Service("server", command, settings, lambda: answers(f"{ask.url}/health"))

@@ -1,5 +1,6 @@
 """Who made an artifact: source revision, library versions, host. For the lineage only, never for an identity."""
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -22,10 +23,11 @@ _LIBRARIES = (
 
 @cache
 def source_revision() -> str:
-    """Git revision of the code, with `+changes` where the tree is not clean; `unknown` outside a checkout."""
+    """Git revision of the code, with `+changes` where the tree is not clean; outside a checkout what `DISTILL_SOURCE_REVISION` says (images are
+    built with it), or `unknown`."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return "unknown"
+        return os.environ.get("DISTILL_SOURCE_REVISION") or "unknown"
     try:
         revision = _git(root, "rev-parse", "HEAD")
         return revision + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")

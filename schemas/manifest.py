@@ -18,7 +18,7 @@ SCHEMA_VERSION: Final = 1
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path or str(PurePosixPath(path)) != path:
         raise ValueError("expected a normalised relative path inside the artifact, such as 'unet/config.json'")
     return path
 

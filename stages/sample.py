@@ -114,7 +114,7 @@ def sample(
         if chosen.kind == "unet":
             unet_class: Any = diffusers.UNet2DConditionModel
             with _loading(f"{published}/{name}/unet"):
-                networks["unet"] = unet_class.from_pretrained(published, subfolder=f"{name}/unet", torch_dtype=dtype)
+                networks["unet"] = unet_class.from_pretrained(published, subfolder=f"{name}/unet", torch_dtype=dtype, use_safetensors=True)
         pipeline = _pipeline(description, published, dtype, **networks)
         if chosen.kind == "lora":
             with _loading(f"{published}/{name}/{LORA_FILE}"):
@@ -136,4 +136,4 @@ def _pipeline(description: Description, published: Path, dtype: torch.dtype, **n
     """The teacher's pipeline: at the root, or that of the base model."""
     base = published if description.complete else description.base_model
     with _loading(f"{base}" if description.complete else f"base model {base} of {description.name}"):
-        return getattr(diffusers, description.pipeline).from_pretrained(base, torch_dtype=dtype, **networks)
+        return getattr(diffusers, description.pipeline).from_pretrained(base, torch_dtype=dtype, use_safetensors=True, **networks)

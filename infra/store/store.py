@@ -125,8 +125,8 @@ class ArtifactStore:
     def latest(self, recipe: str, node: str) -> Manifest:
         """Return the newest artifact of a recipe's stage run, whatever the recipe's settings were. Raises `BadInput` when there is none."""
         try:
-            identity = self._storage.read(f"{LATEST}/{recipe}/{node}").decode()
-        except FileNotFoundError:
+            identity = self._storage.read(f"{LATEST}/{_path.validate_python(f'{recipe}/{node}')}").decode()
+        except (FileNotFoundError, ValidationError):
             raise BadInput(
                 f"latest:{recipe}: no artifact of its stage run {node} is in {self.address}; expected one that has run there"
             ) from None

@@ -121,7 +121,7 @@ def _reloaded(folder: Path, form: Form, device: str) -> TeacherPipeline:
         pipeline.diffusers().load_lora_weights(str(variant))
     else:
         unet_class: Any = diffusers.UNet2DConditionModel
-        pipeline.diffusers().unet = unet_class.from_pretrained(variant, subfolder=UNET_FOLDER).to(device).eval()
+        pipeline.diffusers().unet = unet_class.from_pretrained(variant, subfolder=UNET_FOLDER, use_safetensors=True).to(device).eval()
     return pipeline
 
 

@@ -48,7 +48,9 @@ class AestheticPredictor:
     def load(cls, folder: Path, device: str) -> Self:
         """Load from a folder. Raises `BadInput` naming what is missing or does not fit."""
         try:
-            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
             clip, loading = loaded
             head = linear_layers(load_file(folder / "head.safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
