@@ -26,8 +26,9 @@ from infra.seaweedfs import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 FINETUNES = [f"run-{number}" for number in range(8)]
-IMPORTS = "import benchmarks.orchestration_stage as stage; stage.install(); import flows, prefect.engine, flows.single"
-RUN = f"{IMPORTS}, runpy; runpy.run_module('prefect.engine', run_name='__main__')"
+INSTALL = "import benchmarks.orchestration_stage as stage; stage.install(); "
+IMPORTS = f"{INSTALL}import flows, prefect.engine, flows.single"
+RUN = f"{INSTALL}from flows.flow_run import main; main()"
 DISTILL = "from flows.cli import main; main()"
 
 
