@@ -126,7 +126,9 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         tagged = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"artifact-{apart.plan.identities['encode'][:16]}"]))
         (newest,) = client.read_flow_runs(flow_run_filter=tagged)
         places.append({state.name: state.timestamp for state in client.read_flow_run_states(newest.id)})
-    start = [seconds_of(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=folder)) for _ in range(repeats)]
+    # in a session of its own, as the worker is: the scheduler may give sessions their share, and on a busy machine they differ by much
+    new = lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=folder, start_new_session=True)  # noqa: E731
+    start = [seconds_of(new) for _ in range(repeats)]
 
     def between(first: str, last: str) -> float:
         return statistics.median((times[last] - times[first]).total_seconds() for times in places)
