@@ -64,6 +64,11 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def start_process(folder: Path) -> None:
+    """Start a process that imports what a run does, in a session of its own as the worker is: on a busy machine each session has its share."""
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=folder, start_new_session=True)
+
+
 def measure(folder: Path, repeats: int) -> dict[str, float]:
     """Make all measurements with the services that are up."""
     from prefect import Flow  # noqa: PLC0415
@@ -126,9 +131,7 @@ def measure(folder: Path, repeats: int) -> dict[str, float]:
         tagged = FlowRunFilter(tags=FlowRunFilterTags(all_=[f"artifact-{apart.plan.identities['encode'][:16]}"]))
         (newest,) = client.read_flow_runs(flow_run_filter=tagged)
         places.append({state.name: state.timestamp for state in client.read_flow_run_states(newest.id)})
-    # in a session of its own, as the worker is: the scheduler may give sessions their share, and on a busy machine they differ by much
-    new = lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=folder, start_new_session=True)  # noqa: E731
-    start = [seconds_of(new) for _ in range(repeats)]
+    start = [seconds_of(lambda: start_process(folder)) for _ in range(repeats)]
 
     def between(first: str, last: str) -> float:
         return statistics.median((times[last] - times[first]).total_seconds() for times in places)
