@@ -6,6 +6,7 @@ from typing import TypeVar
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 
+from flows.patience import tried_again
 from flows.preparation import Prepared, as_recipe, prepare
 from flows.results import result_storage
 from flows.routing import check_pools, sections_elsewhere
@@ -29,7 +30,7 @@ def described(summary: str, **parameters: str) -> str:
 def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) -> Flow[..., R]:
     """Make the flow `name`. Its module must hold it as that name with underscores: a process that Prefect starts imports it from there."""
     body.__name__ = name.replace("-", "_")
-    return Flow(body, name=name, flow_run_name=run_name, result_serializer="json")
+    return Flow(tried_again(body), name=name, flow_run_name=run_name, result_serializer="json")
 
 
 def _chain(recipe: Recipe | str, store: str | None = None, device: str | None = None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.types.entrypoint import EntrypointType
 
 from flows.chain import distill_chain
-from flows.lost_runs import TAG, watch_for_lost_runs
+from flows.lost_runs import SILENT_SECONDS, TAG, watch_for_lost_runs
 from flows.pools import PARENTS, Pool, create_pool
 from flows.single import SINGLE_STAGES
 from flows.smoke import distill_smoke
@@ -49,10 +49,11 @@ def _tags(flow: Flow[..., Any], pool: str | None) -> list[str]:
     return ["distill", "chain" if flow in CHAINS else "stage", *([pool, TAG] if pool else [])]
 
 
-def deploy(pools: Sequence[Pool], limits: Mapping[str, int]) -> list[str]:
+def deploy(pools: Sequence[Pool], limits: Mapping[str, int], lost_after: int = SILENT_SECONDS) -> list[str]:
     """Make the pools, the deployments and the watch over their runs on the configured server; return the deployments' full names.
 
-    `limits`: of a pool, the runs that all its workers together have at a time. Raises `BadInput`, and `RunFailed` when the server refuses.
+    `limits`: of a pool, the runs that all its workers together have at a time. `lost_after`: seconds without a heartbeat after which
+    a run is taken for lost. Raises `BadInput`, and `RunFailed` when the server refuses.
     """
     names = [pool.name for pool in pools]
     unknown = sorted(set(limits) - set(names))
@@ -61,7 +62,7 @@ def deploy(pools: Sequence[Pool], limits: Mapping[str, int]) -> list[str]:
     with get_client(sync_client=True) as client:
         for pool in pools:
             create_pool(client, pool, limits.get(pool.name))
-        watch_for_lost_runs(client)
+        watch_for_lost_runs(client, lost_after)
     made = list(deployments(names))
     for deployment in made:
         try:

@@ -20,8 +20,10 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
     "PREFECT_SERVER_EPHEMERAL_ENABLED": ("true", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": ("false",),
     "DO_NOT_TRACK": ("1",),
-    # A worker asks for runs every ten seconds, which a short stage would wait longer than it takes.
-    "PREFECT_WORKER_QUERY_SECONDS": ("2",),
+    # A worker asks for runs every ten seconds, longer than a short stage takes.
+    "PREFECT_WORKER_QUERY_SECONDS": ("1",),
+    # A server that is started again is waited for, two minutes instead of one. Prefect doubles its waits.
+    "PREFECT_CLIENT_MAX_RETRIES": ("6",),
     # What stages log belongs on the run's page, and a record from outside any run is no mistake.
     "PREFECT_LOGGING_EXTRA_LOGGERS": (",".join(ROOMS),),
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": ("ignore",),

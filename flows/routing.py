@@ -30,7 +30,7 @@ from stages.runner import find_complete
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS: Final = 1.0
+POLL_SECONDS: Final = 0.5
 WITH_CHAIN: Final = "cancelled with the chain that asked for it"
 
 

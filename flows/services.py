@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
+
 from flows import environment
 from flows.server import answers
 from flows.supervision import STOP_SECONDS, Service, Supervisor
@@ -42,6 +44,8 @@ class Ask:
     """As `distill deploy --pool` takes them."""
     slots: int = 1
     """Runs at a time on each pool's worker."""
+    lost_after: int = 120
+    """Seconds without a heartbeat after which a run is taken for lost."""
 
     @property
     def url(self) -> str:
@@ -50,27 +54,27 @@ class Ask:
 
 
 def run_services(ask: Ask, ready: Callable[[], None]) -> None:
-    """Start everything, call `ready` once all is healthy, and watch until a signal ends this process, or a service ends by itself.
+    """Start everything, call `ready` once all is healthy, and until a signal ends this process start again what ends by itself.
 
-    All are stopped then. Raises `BadInput` when services of that folder are up already, and `RunFailed` when one does not start or ends.
+    All are stopped then. Raises `BadInput` when services of that folder are up already, and `RunFailed` when one does not start or keeps ending.
     """
     forget_ended(ask.folder)
     with _held(ask.folder), Supervisor(ask.folder / "logs") as supervisor:
         _require_free(ask.port, "--port")
-        reach, store = _object_store(ask)
+        reach, store = object_store_service(ask)
         if store is not None:
             supervisor.start(store)
         reach = {environment.API_URL: ask.url, **_authentication(), **reach}
-        supervisor.start(_server(ask))
+        supervisor.start(server_service(ask))
         os.environ.update(reach)
         names = _deploy(ask)
         for name in names:
-            supervisor.start(_worker(name, ask, reach))
+            supervisor.start(worker_service(name, ask, reach))
         _write_private(ask.folder / "environment", "".join(f"export {key}={shlex.quote(value)}\n" for key, value in reach.items()))
         _write_private(ask.folder / "state.json", json.dumps({"pid": os.getpid(), "environment": reach, "pools": names}))
         ready()
         while True:
-            supervisor.check()
+            supervisor.keep_up()
             time.sleep(0.5)
 
 
@@ -140,7 +144,7 @@ def _authentication() -> dict[str, str]:
     return {environment.API_AUTHENTICATION: given} if given else {}
 
 
-def _object_store(ask: Ask) -> tuple[dict[str, str], Service | None]:
+def object_store_service(ask: Ask) -> tuple[dict[str, str], Service | None]:
     """Return what reaches the store, and the service where one is to be started; address and credentials stay from one time to the next."""
     if ask.store is not None:
         return {"DISTILL_STORE_ADDRESS": ask.store}, None
@@ -175,7 +179,8 @@ def _require_free(port: int, where: str) -> None:
             raise BadInput(f"{where}: port {port} is in use ({error.strerror}); expected a free one") from error
 
 
-def _server(ask: Ask) -> Service:
+def server_service(ask: Ask) -> Service:
+    """Return Prefect's server."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(ask.port)]
     # told to browsers: without it those of a server on another port ask the default one
     settings = {"PREFECT_HOME": str(ask.folder / "prefect"), "PREFECT_UI_API_URL": os.environ.get("PREFECT_UI_API_URL") or ask.url}
@@ -189,11 +194,12 @@ def _deploy(ask: Ask) -> list[str]:
     from flows.pools import Pool  # noqa: PLC0415
 
     pools = [Pool.parse(text) for text in ask.pools]
-    deploy(pools, {})
+    deploy(pools, {}, ask.lost_after)
     return [pool.name for pool in pools]
 
 
-def _worker(pool: str, ask: Ask, reach: Mapping[str, str]) -> Service:
+def worker_service(pool: str, ask: Ask, reach: Mapping[str, str]) -> Service:
+    """Return the worker of a pool; `reach` is the environment that leads to server and store."""
     command = [sys.executable, "-c", _COMMAND, "worker", pool, "--limit", str(ask.slots), "--name", f"{pool}-services"]
     return Service(f"worker-{pool}", command, reach, lambda: _worker_is_online(pool))
 
@@ -202,8 +208,9 @@ def _worker_is_online(pool: str) -> bool:
     from prefect.client.orchestration import get_client  # noqa: PLC0415 - only once the server's address is set
     from prefect.client.schemas.objects import WorkerStatus  # noqa: PLC0415
 
-    with get_client(sync_client=True) as client:
+    with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
         return any(worker.status == WorkerStatus.ONLINE for worker in client.read_workers_for_work_pool(pool))
+    return False  # it cannot be known: the server is gone
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -20,6 +20,8 @@ START_SECONDS: Final = 180.0
 """How long a service may take to answer. Prefect's server creates its database on first use."""
 STOP_SECONDS: Final = 60.0
 """How long a service may take to end. A worker's runs save their checkpoints first."""
+RESTARTS: Final = 5
+"""How often a service that ended is started again within an hour."""
 _TAIL = 2000
 
 
@@ -43,6 +45,7 @@ class Supervisor:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._running: list[tuple[Service, subprocess.Popen[bytes]]] = []
+        self._restarts: list[tuple[str, float]] = []
 
     def __enter__(self) -> "Supervisor":
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ class Supervisor:
         self._running.append((service, process))
         end = time.monotonic() + seconds
         while not service.is_healthy():
-            self.check()
+            self._check(service, process)
             if time.monotonic() > end:
                 raise RunFailed(f"{service.name}: did not answer within {seconds:g} s; {self._tail(service)}")
             time.sleep(0.2)
@@ -76,9 +79,39 @@ class Supervisor:
     def check(self) -> None:
         """Raise `RunFailed` with the end of its log when a service has ended."""
         for service, process in self._running:
-            code = process.poll()
-            if code is not None:
-                raise RunFailed(f"{service.name}: ended with exit code {code}; {self._tail(service)}")
+            self._check(service, process)
+
+    def keep_up(self) -> None:
+        """Start again what has ended. Raises as `start` and, for one that keeps ending, as `check`."""
+        for place, (service, process) in enumerate(self._running):
+            if process.poll() is None:
+                continue
+            now = time.monotonic()
+            self._restarts = [(name, moment) for name, moment in self._restarts if now - moment < 3600]
+            if [name for name, _ in self._restarts].count(service.name) >= RESTARTS:
+                self._check(service, process)
+            logger.warning("%s: ended with exit code %d, and is started again", service.name, process.returncode)
+            self._restarts.append((service.name, now))
+            self.kill(service.name)
+            self.start(service)
+            self._running.insert(place, self._running.pop())  # stopped in the order it was
+            return
+
+    def kill(self, name: str) -> None:
+        """End a service and what it started as a machine does that fails, by SIGKILL. It can be started again."""
+        ((service, process),) = [entry for entry in self._running if entry[0].name == name]
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        self._running.remove((service, process))
+
+    def pid_of(self, name: str) -> int:
+        """Return the process id of a service that runs: that of its session and process group too."""
+        return next(process.pid for service, process in self._running if service.name == name)
+
+    def _check(self, service: Service, process: "subprocess.Popen[bytes]") -> None:
+        code = process.poll()
+        if code is not None:
+            raise RunFailed(f"{service.name}: ended with exit code {code}; {self._tail(service)}")
 
     def stop(self) -> None:
         """Stop all, the last first: the runs of a worker hear of it too, and save what they have, while server and store are still there."""

@@ -14,11 +14,11 @@ from prefect.context import TaskRunContext
 from prefect.filesystems import WritableFileSystem
 from pydantic import ValidationError
 
+from flows.patience import may_pass, tried_by_task
 from flows.progress import PrefectProgress
 from flows.routing import run_on_pool
 from flows.texts import manifest_page
 from infra.progress import Progress, local_progress
-from schemas.errors import Transient
 from schemas.manifest import Manifest
 from stages.plan import Node, Plan
 from stages.runner import Surroundings, execute, find_complete
@@ -44,9 +44,9 @@ def stage_progress(node: Node) -> Iterator[Progress]:
         yield PrefectProgress(title(node), local)
 
 
-def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+def failure_may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     """Retry only what may pass by itself: never a bad recipe, a NaN or a bug."""
-    return isinstance(state.result(raise_on_failure=False), Transient)
+    return may_pass(state.result(raise_on_failure=False))
 
 
 def identity_key(_context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
@@ -71,6 +71,7 @@ def run_stage(
     """
     identity = plan.identities[node.name]
 
+    @tried_by_task()
     def make(identity: str, inputs: dict[str, Json]) -> Json:
         if elsewhere and find_complete(surroundings.store, identity) is None:
             manifest = run_on_pool(plan, node, surroundings.store)
@@ -92,7 +93,7 @@ def run_stage(
         retries=len(RETRY_DELAYS_SECONDS),
         retry_delay_seconds=list(RETRY_DELAYS_SECONDS),
         retry_jitter_factor=0.2,
-        retry_condition_fn=may_pass,
+        retry_condition_fn=failure_may_pass,
     )
     inputs = {name: upstream[name] for name in node.upstream() if name in upstream}  # others are found on the store
     found = find_complete(surroundings.store, identity)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import output
+from flows.cli.options import LostAfter
 from schemas.errors import BadInput
 
 
@@ -33,6 +34,7 @@ def deploy(
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A work pool; may be repeated. Default: cpu=process and gpu=process:cuda."),
     ] = None,
     limit: Annotated[list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, over all its workers.")] = None,
+    lost_after: LostAfter = 120,
 ) -> None:
     """Make work pools, and a deployment of the chain and of every single stage on them, on the Prefect server of PREFECT_API_URL."""
     _require_server()
@@ -41,7 +43,7 @@ def deploy(
     from flows.pools import DEFAULT_POOLS, Pool
 
     pools = [Pool.parse(text) for text in pool or DEFAULT_POOLS]
-    for name in make(pools, parse_limits(limit or [])):
+    for name in make(pools, parse_limits(limit or []), lost_after):
         output.print(name)
 
 

@@ -14,6 +14,10 @@ Store = Annotated[
 Device = Annotated[
     str | None, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:0, mps. Default: DISTILL_DEVICE, or cpu.")
 ]
+LostAfter = Annotated[
+    int,
+    typer.Option(metavar="SECONDS", help="Silence of a run after which its worker is taken for lost and the run started again.", min=40),
+]
 ArtifactReference = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="Identity, its first 6 or more digits, or an address on the store.")
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import errors, output
+from flows.cli.options import LostAfter
 from schemas.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -43,12 +44,13 @@ def up(
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A pool with a worker; may be repeated. Default: cpu and gpu, without a GPU."),
     ] = None,
     slots: Annotated[int, typer.Option(help="Runs at a time on each worker.", min=1)] = 1,
+    lost_after: LostAfter = 120,
     detach: Annotated[bool, typer.Option("--detach", help="Return once all is healthy, and leave it running.")] = False,
 ) -> None:
     """Start a Prefect server, an object store, and a worker for each pool, with all deployments. Ctrl-C or `services down` stops them."""
     from flows.services import Ask, run_services
 
-    ask = Ask(folder.absolute(), port, database, store, tuple(pool or Ask.pools), slots)
+    ask = Ask(folder.absolute(), port, database, store, tuple(pool or Ask.pools), slots, lost_after)
     if detach:
         _start_detached(ask)
         return

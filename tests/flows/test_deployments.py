@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 import yaml
 from anyio import CapacityLimiter
@@ -115,6 +116,56 @@ def test_templates_are_valid_and_all_their_placeholders_have_a_variable(text: st
     if kind == "docker":
         assert bool(made["container_create_kwargs"].get("device_requests")) == ("cuda" in text)
     assert (made["env"].get("DISTILL_DEVICE") == "cuda") == ("cuda" in text)
+
+
+@pytest.mark.parametrize("seconds", [45, 120])
+def test_lost_runs_are_started_again_and_cancelled_ones_are_not(seconds: int) -> None:
+    from flows.lost_runs import TAG, automations
+
+    found = {automation.name.removeprefix("distill: "): automation for automation in automations(seconds)}
+    state = {name: automation.actions[0].name for name, automation in found.items()}
+    assert state == {
+        "runs of lost workers": "AwaitingRetry",
+        "runs that do not begin": "AwaitingRetry",
+        "cancelled runs of lost workers": "Cancelled",
+    }
+    triggers = {name: automation.trigger for name, automation in found.items()}
+    assert [trigger.within.total_seconds() for trigger in triggers.values()] == [seconds, 5 * seconds, seconds]
+    for trigger in triggers.values():
+        assert {f"prefect.flow-run.{end}" for end in ("Completed", "Failed", "Cancelled", "Crashed")} <= trigger.expect
+        assert trigger.match_related.root["prefect.resource.id"] == [f"prefect.tag.{TAG}"]
+    assert "prefect.flow-run.Cancelling" in triggers["runs of lost workers"].expect & triggers["runs that do not begin"].expect
+
+
+def test_a_worker_outlives_its_server(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from prefect.workers.process import ProcessWorker
+
+    from flows.process_worker import PatientProcessWorker
+
+    errors: list[Exception] = [answer(404), answer(500), httpx.ConnectError("refused"), httpx.ReadTimeout("late")]
+
+    async def ask(_worker: ProcessWorker) -> None:
+        raise errors.pop()
+
+    monkeypatch.setattr(ProcessWorker, "get_and_submit_flow_runs", ask)
+    monkeypatch.setattr(ProcessWorker, "sync_with_backend", ask)
+
+    async def poll() -> None:
+        worker = PatientProcessWorker("pool")
+        worker._has_successfully_synced = True
+        for _ in range(2):
+            assert await worker.get_and_submit_flow_runs() == []
+        await worker.sync_with_backend()
+        with pytest.raises(httpx.HTTPStatusError):  # the pool is gone, not the server
+            await worker.get_and_submit_flow_runs()
+
+    asyncio.run(poll())
+    assert [record.levelname for record in caplog.records if "does not answer" in record.getMessage()] == ["WARNING"], "said once"
+
+
+def answer(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "http://127.0.0.1/api")
+    return httpx.HTTPStatusError("refused", request=request, response=httpx.Response(status, request=request))
 
 
 def test_a_worker_outlives_the_retry_of_a_run_whose_process_is_still_ending() -> None:

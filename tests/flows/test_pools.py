@@ -16,7 +16,7 @@ from tests.flows.conftest import ToyChain
 pytestmark = pytest.mark.service
 
 ALL = ["ingest", "measure", "select", "teacher", "encode"]
-TOYS = "from tests.flows import toy; toy.install(); import runpy; runpy.run_module('prefect.engine', run_name='__main__')"
+TOYS = "from tests.flows import toy; toy.install(); from flows.flow_run import main; main()"
 PATIENCE_SECONDS = 600
 """For a machine that is busy otherwise: a flow run's process needs ten seconds of a quiet one before it begins."""
 

@@ -50,6 +50,26 @@ def test_a_service_that_ends_is_told_with_the_end_of_its_log(tmp_path: Path) -> 
             supervisor.check()
 
 
+def test_what_ends_is_started_again_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "RESTARTS", 1)
+    with Supervisor(tmp_path / "logs") as supervisor:
+        for name in ("first", "second"):
+            supervisor.start(service(name, tmp_path), seconds=60)
+        before, other = supervisor.pid_of("first"), supervisor.pid_of("second")
+        supervisor.keep_up()
+        assert supervisor.pid_of("first") == before
+        os.killpg(before, signal.SIGKILL)
+        supervisor._running[0][1].wait()
+        supervisor.keep_up()
+        assert (supervisor.pid_of("first") != before, supervisor.pid_of("second")) == (True, other)
+        assert [entry.name for entry, _ in supervisor._running] == ["first", "second"], "what is stopped last is the same"
+        supervisor.check()
+        os.killpg(supervisor.pid_of("first"), signal.SIGKILL)
+        supervisor._running[0][1].wait()
+        with pytest.raises(RunFailed, match="first: ended with exit code -9"):
+            supervisor.keep_up()
+
+
 def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
