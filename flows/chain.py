@@ -1,12 +1,14 @@
 """The whole chain as one flow."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.gates import go_through_gates
+from flows.preemption import requeued_when_preempted
 from flows.preparation import Prepared, as_recipe, prepare
 from flows.results import result_storage
 from flows.routing import check_pools, sections_elsewhere
@@ -32,7 +34,13 @@ def described(summary: str, **parameters: str) -> str:
 def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) -> Flow[..., R]:
     """Make the flow `name`. Its module must hold it as that name with underscores: a process that Prefect starts imports it from there."""
     body.__name__ = name.replace("-", "_")
-    return Flow(body, name=name, flow_run_name=run_name, result_serializer="json")
+
+    @functools.wraps(body)
+    def whole(*arguments: Any, **named: Any) -> R:
+        with requeued_when_preempted():
+            return body(*arguments, **named)
+
+    return Flow(whole, name=name, flow_run_name=run_name, result_serializer="json")
 
 
 def _chain(
