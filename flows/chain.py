@@ -1,20 +1,25 @@
 """The whole chain as one flow."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 
+from flows.gates import go_through_gates
 from flows.patience import tried_again
+from flows.preemption import requeued_when_preempted
 from flows.preparation import Prepared, as_recipe, prepare
 from flows.results import result_storage
 from flows.routing import check_pools, sections_elsewhere
 from flows.run_names import recipe_run_name
 from flows.tasks import Json, run_stage, stage_progress
 from flows.texts import chain_page
+from schemas.errors import GateNotMet
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
+from stages.gates import check_passes
 
 R = TypeVar("R")
 RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
@@ -30,13 +35,27 @@ def described(summary: str, **parameters: str) -> str:
 def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) -> Flow[..., R]:
     """Make the flow `name`. Its module must hold it as that name with underscores: a process that Prefect starts imports it from there."""
     body.__name__ = name.replace("-", "_")
-    return Flow(tried_again(body), name=name, flow_run_name=run_name, result_serializer="json")
+    patient = tried_again(body)
+
+    @functools.wraps(body)
+    def whole(*arguments: Any, **named: Any) -> R:
+        with requeued_when_preempted():
+            return patient(*arguments, **named)
+
+    return Flow(whole, name=name, flow_run_name=run_name, result_serializer="json")
 
 
-def _chain(recipe: Recipe | str, store: str | None = None, device: str | None = None) -> dict[str, str]:
+def _chain(
+    recipe: Recipe | str,
+    store: str | None = None,
+    device: str | None = None,
+    *,
+    pass_gates: tuple[str, ...] = (),
+) -> dict[str, str]:
     recipe = as_recipe(recipe)
+    check_passes(pass_gates, recipe.gates)
     prepared = prepare(recipe, store, device, progress=stage_progress, elsewhere=sections_elsewhere(recipe))
-    return {name: manifest.identity for name, manifest in run_chain(prepared).items()}
+    return {name: manifest.identity for name, manifest in run_chain(prepared, pass_gates).items()}
 
 
 _chain.__doc__ = described(
@@ -45,14 +64,16 @@ _chain.__doc__ = described(
     recipe=RECIPE,
     store=STORE,
     device=DEVICE,
+    pass_gates="Names of the recipe's gates to go past although they are not met. Empty: the chain stops at each that is not.",
 )
 distill_chain = make_flow(_chain, "distill-chain", recipe_run_name)
 
 
-def run_chain(prepared: Prepared) -> dict[str, Manifest]:
+def run_chain(prepared: Prepared, passed: Sequence[str] = ()) -> dict[str, Manifest]:
     """Run every stage of the plan as a task of the current flow run, in order; return the manifests by name.
 
-    Stages whose recipe names another work pool run there, as their own deployment. Raises `BadInput` before any work where they cannot.
+    Stages whose recipe names another work pool run there, as their own deployment. Raises `BadInput` before any work where they cannot, and
+    `GateNotMet`, with the page of what there is, after a stage with a gate that is neither met nor among `passed`.
     """
     plan, surroundings = prepared.plan, prepared.surroundings
     elsewhere = sections_elsewhere(plan.recipe)
@@ -60,10 +81,19 @@ def run_chain(prepared: Prepared) -> dict[str, Manifest]:
     storage = result_storage(surroundings.store)
     manifests: dict[str, Manifest] = {}
     results: dict[str, Json] = {}
-    for node in plan.nodes:
-        manifests[node.name], results[node.name] = run_stage(
-            plan, node, surroundings, results, storage, elsewhere=node.section in elsewhere
-        )
-    made = [node.name for node in prepared.unfinished]
-    create_markdown_artifact(chain_page(plan.recipe.name, manifests, made, surroundings.store), key="chain", description=plan.recipe.name)
+    try:
+        for node in plan.nodes:
+            manifests[node.name], results[node.name] = run_stage(
+                plan, node, surroundings, results, storage, elsewhere=node.section in elsewhere
+            )
+            go_through_gates(plan, node, manifests[node.name], surroundings.store, passed)
+    except GateNotMet:
+        _show(prepared, manifests)
+        raise
+    _show(prepared, manifests)
     return manifests
+
+
+def _show(prepared: Prepared, manifests: Mapping[str, Manifest]) -> None:
+    name, made = prepared.plan.recipe.name, [node.name for node in prepared.unfinished]
+    create_markdown_artifact(chain_page(name, manifests, made, prepared.surroundings.store), key="chain", description=name)

@@ -15,6 +15,7 @@ from schemas.errors import BadInput
 from schemas.loading import load_recipe
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
+from stages.gates import check_gates
 from stages.plan import Node, Plan, find_node, make_plan, nodes_of
 from stages.preflight import preflight, unfinished
 from stages.runner import Surroundings
@@ -55,12 +56,14 @@ def prepare(
 ) -> Prepared:
     """Plan the recipe, open the store, and check everything that can be checked before work begins. Raises `BadInput`.
 
-    `only` names the one stage that is meant to run; `inputs` are artifacts to read (references, or `latest:recipe` for the newest that the same
-    run of another recipe made), by the name of the run whose place they take.
+    `only` names the one stage that is meant to run, `inputs` are artifacts to read (references, or
+    `latest:recipe` for the newest that the same run of another recipe made), by the name of the run whose place they take.
     Stages of the sections `elsewhere` will run on other machines, whose devices and packages are theirs to check.
     """
     recipe = as_recipe(recipe)
     nodes = nodes_of(recipe)
+    if only is None:
+        check_gates(recipe.gates, nodes)
     target = None if only is None else find_node(nodes, only)
     found = open_store(store)
     given: dict[str, str] = {}

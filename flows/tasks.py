@@ -7,18 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import Task
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectException
 from prefect.filesystems import WritableFileSystem
 from pydantic import ValidationError
 
 from flows.patience import may_pass, tried_by_task
 from flows.progress import PrefectProgress
 from flows.routing import run_on_pool
-from flows.texts import manifest_page
+from flows.texts import failure_page, manifest_page
 from infra.progress import Progress, local_progress
+from infra.store import ArtifactStore
+from schemas.errors import DistillError
 from schemas.manifest import Manifest
 from stages.plan import Node, Plan
 from stages.runner import Surroundings, execute, find_complete
@@ -97,7 +101,11 @@ def run_stage(
     )
     inputs = {name: upstream[name] for name in node.upstream() if name in upstream}  # others are found on the store
     found = find_complete(surroundings.store, identity)
-    result = task.with_options(refresh_cache=found is None)(identity, inputs)
+    try:
+        result = task.with_options(refresh_cache=found is None)(identity, inputs)
+    except DistillError as error:
+        _show_failure(plan, node, surroundings.store, error)
+        raise
     manifest = _manifest(result, found)
     if manifest is None:
         logger.warning("%s: the result Prefect kept is not the artifact on the store; it is read anew", node.name)
@@ -105,6 +113,15 @@ def run_stage(
         manifest = Manifest.model_validate(result)
     surroundings.store.note_latest(plan.recipe.name, node.name, manifest.identity)  # also where the task was cached
     return manifest, result
+
+
+def _show_failure(plan: Plan, node: Node, store: ArtifactStore, error: DistillError) -> None:
+    """Put the reason, and how to go on, on the run's page."""
+    page = failure_page(plan.recipe.name, node.name, store, str(error))
+    try:
+        create_markdown_artifact(page, key=f"{node.name}-failure", description=f"why {node.name} failed")
+    except (httpx.HTTPError, PrefectException) as unreachable:
+        logger.warning("%s: the failure could not be reported to Prefect: %s", node.name, unreachable)
 
 
 def _manifest(result: Any, found: Manifest | None) -> Manifest | None:

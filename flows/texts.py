@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from infra.store import ArtifactStore
-from schemas.manifest import Evaluation, Manifest
+from schemas.manifest import Cost, Evaluation, Manifest
 
 
 def manifest_rows(manifest: Manifest) -> dict[str, str]:
@@ -17,10 +17,21 @@ def manifest_rows(manifest: Manifest) -> dict[str, str]:
         **{name: _shown(value) for name, value in manifest.content.model_dump(mode="json").items() if name != "kind"},
         "inputs": ", ".join(f"{name} {identity[:12]}" for name, identity in lineage.inputs.items()) or "none",
         "files": f"{len(manifest.files)} ({size(manifest.bytes)})",
-        "time": f"{lineage.cost.wall_seconds:.1f} s",
-        "peak memory": size(lineage.cost.peak_memory_bytes),
+        **cost_rows(lineage.cost),
         "device": lineage.device,
         "source revision": lineage.source_revision,
+    }
+
+
+def cost_rows(cost: Cost) -> dict[str, str]:
+    """Say what an artifact took, by name."""
+    attempts = "" if cost.attempts == 1 else f" in {cost.attempts} attempts"
+    device = "" if cost.peak_device_bytes is None else f", {size(cost.peak_device_bytes)} of a device"
+    return {
+        "time": f"{cost.wall_seconds:.1f} s{attempts}",
+        "GPU hours": f"{cost.gpu_hours:.3g}",
+        "peak memory": size(cost.peak_memory_bytes) + device,
+        "over the store": f"{size(cost.bytes_read)} read, {size(cost.bytes_written)} written",
     }
 
 
@@ -34,16 +45,34 @@ def manifest_page(manifest: Manifest, store: ArtifactStore) -> str:
 def chain_page(name: str, manifests: Mapping[str, Manifest], made: Iterable[str], store: ArtifactStore) -> str:
     """The whole chain, a line a stage run, and where the report is."""
     made = set(made)
-    lines = ["| stage | | artifact | size | time when made |", "|---|---|---|---|---|"]
+    lines = [
+        "| stage | | artifact | size | time when made | GPU hours | read | written | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for node, manifest in manifests.items():
-        state, seconds = "made" if node in made else "found", manifest.lineage.cost.wall_seconds
-        lines.append(f"| {node} | {state} | `{manifest.identity[:12]}` {manifest.kind} | {size(manifest.bytes)} | {seconds:.1f} s |")
+        state, cost = "made" if node in made else "found", manifest.lineage.cost
+        took = (
+            f"{cost.wall_seconds:.1f} s",
+            f"{cost.gpu_hours:.3g}",
+            *map(size, (cost.bytes_read, cost.bytes_written, cost.peak_memory_bytes)),
+        )
+        lines.append(f"| {node} | {state} | `{manifest.identity[:12]}` {manifest.kind} | {size(manifest.bytes)} | {' | '.join(took)} |")
     reports = [manifest for manifest in manifests.values() if isinstance(manifest.content, Evaluation)]
     report = "".join(
         f"\n\nReport: `report.html` of artifact `{manifest.identity}`; `distill show {manifest.identity[:12]} --file report.html` brings it here."
         for manifest in reports
     )
     return f"## {name}\n\nStore: `{store.address}`\n\n" + "\n".join(lines) + report + "\n"
+
+
+def failure_page(recipe: str, node: str, store: ArtifactStore, reason: str) -> str:
+    """Why a stage run failed, and how to go on."""
+    return (
+        f"## {node} failed\n\n```\n{reason}\n```\n\n"
+        "What is finished is kept. To go on, once the reason is mended: *Retry* on this run, or with the file of the recipe "
+        f"{recipe}\n\n```sh\ndistill run RECIPE --store {store.address}          # the chain, from where it failed\n"
+        f"distill stage {node} RECIPE --store {store.address}   # this stage alone\n```\n"
+    )
 
 
 def size(count: int) -> str:

@@ -17,6 +17,10 @@ class RunFailed(DistillError):
     """A run met a condition it must not go on from (too many failed downloads, NaN in a loss, a full disk)."""
 
 
+class GateNotMet(RunFailed):
+    """A figure of an artifact is outside the bounds of a gate of the recipe. The message says how to go on all the same."""
+
+
 class CorruptArtifact(RunFailed):
     """Bytes on the store differ from what the manifest promises. Where the artifact's identity is known, the message says how to mend it."""
 

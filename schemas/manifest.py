@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Generic, Literal
 from pydantic import AfterValidator
 from typing_extensions import TypeVar
 
-from schemas.base import Field, Model, Sha256, digest
+from schemas.base import Field, Model, PositiveInt, Sha256, digest
 
 SCHEMA_VERSION: Final = 1
 
@@ -238,11 +238,34 @@ C = TypeVar("C", bound=Model, default=Content)
 
 
 class Cost(Model):
-    """What making the artifact took. Not part of anything's identity."""
+    """What making the artifact took, attempts that were interrupted or failed included, but for those that were killed outright. Not part of
+    anything's identity."""
 
     wall_seconds: float = 0.0
+    gpu_hours: float = 0.0
+    """Hours times the GPUs that the stage had."""
     peak_memory_bytes: int = 0
-    """Peak resident memory of the stage's process (host)."""
+    """Peak resident memory (host) of the largest of the stage's processes that have ended, or of the one that published."""
+    peak_device_bytes: int | None = None
+    """Peak of what torch allocated on one CUDA device, of the process that published. None: not on CUDA, or not known there."""
+    bytes_read: int = 0
+    """From the store, by all processes of the stage. What was in this machine's read cache is not read again."""
+    bytes_written: int = 0
+    """To the store, checkpoints and finished pieces included."""
+    attempts: PositiveInt = 1
+
+    def plus(self, other: "Cost") -> "Cost":
+        """Both together: sums of what is spent, the higher of what is a peak."""
+        peaks = [peak for peak in (self.peak_device_bytes, other.peak_device_bytes) if peak is not None]
+        return Cost(
+            wall_seconds=self.wall_seconds + other.wall_seconds,
+            gpu_hours=self.gpu_hours + other.gpu_hours,
+            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
+            peak_device_bytes=max(peaks, default=None),
+            bytes_read=self.bytes_read + other.bytes_read,
+            bytes_written=self.bytes_written + other.bytes_written,
+            attempts=self.attempts + other.attempts,
+        )
 
 
 class Lineage(Model):

@@ -10,6 +10,7 @@ from schemas.data import EncodeConfig, IngestConfig, MeasureConfig, SelectConfig
 from schemas.dmd import DmdConfig
 from schemas.evaluation import EvaluateConfig, PublishConfig
 from schemas.finetune import FinetuneConfig, FinetuneName, finetune_named
+from schemas.gates import Gate, GateName
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
 from schemas.pairs import PairsConfig
@@ -47,6 +48,9 @@ class Recipe(Model):
     pools: Annotated[dict[str, PoolName], NotIdentity] = {}
     """Work pool of Prefect whose workers run a section's stage, by the section's name, such as {lightning: gpu}. Stages of sections that are not
     named run where the chain runs; without any pool the whole chain runs in one process."""
+    gates: Annotated[dict[GateName, Gate], NotIdentity] = {}
+    """Bounds that artifacts must keep for the chain to go on, by name, such as {fid: {after: evaluate, metric: fid_teacher, student: lcm, steps: 4,
+    at_most: 60}}."""
 
 
 def _one_teacher(recipe: Recipe) -> Iterator[Mistake]:
@@ -191,8 +195,12 @@ def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
                 yield ("evaluate", "transfer", number, field), run, f"{expected}, or a path, such as ./{run}"
 
 
+_NO_STAGE = ("name", "seed", "pools", "gates")
+"""Fields that are no stage's section."""
+
+
 def _pools_are_of_sections(recipe: Recipe) -> Iterator[Mistake]:
-    sections = [name for name in Recipe.model_fields if name not in ("name", "seed", "pools")]
+    sections = [name for name in Recipe.model_fields if name not in _NO_STAGE]
     for name, pool in recipe.pools.items():
         if name not in sections:
             yield ("pools", name), pool, f"is no stage's section: expected one of {', '.join(sections)}"

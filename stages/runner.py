@@ -14,12 +14,13 @@ from pydantic import ValidationError
 from infra.devices import exclusive, occupied_devices
 from infra.progress import NullProgress, Progress
 from infra.provenance import describe_host, library_versions, source_revision
-from infra.store import ArtifactStore
+from infra.store import ArtifactStore, Traffic
 from infra.store.local import is_disk_full
 from schemas.base import Model
-from schemas.errors import BadInput, RunFailed
+from schemas.errors import BadInput, DistillError, RunFailed, Transient
 from schemas.manifest import Lineage, Manifest, Teacher
 from schemas.training import TrainingConfig
+from stages.meter import Meter
 from stages.plan import Node, Plan
 from stages.registry import stage
 from stages.workspace import Workspace
@@ -108,10 +109,11 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
     scratch = Path(tempfile.mkdtemp(prefix=f"distill-{node.name}-", dir=surroundings.scratch))
     try:
         with exclusive(occupied_devices(surroundings.device, processes) if trains else ()), surroundings.progress(node) as progress:
-            started = time.monotonic()
+            traffic = Traffic(scratch / "traffic")
+            meter = Meter.start(surroundings.device, _devices_wanted(node, processes), traffic)
             logger.info("%s: started %s", node.name, plan.identities[node.name][:12])
             workspace = Workspace(
-                store=surroundings.store,
+                store=surroundings.store.metered(traffic),
                 identity=plan.identities[node.name],
                 lineage=_lineage(plan, node, surroundings, known),
                 scratch=scratch,
@@ -120,9 +122,13 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 outside=node.outside,
                 progress=progress,
                 tensorboard=surroundings.tensorboard,
-                started=started,
+                meter=meter,
             )
-            manifest = run(node.config, inputs, workspace) if processes == 1 else _together(node, inputs, workspace, processes)
+            try:
+                manifest = run(node.config, inputs, workspace) if processes == 1 else _together(node, inputs, workspace, processes)
+            except BaseException as error:
+                _note_spent(workspace, error)
+                raise
     except Exception as error:
         if not is_disk_full(error):
             raise
@@ -132,8 +138,23 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
         surroundings.store.release()  # else a chain run by one process would keep everything it ever fetched in the read cache
     if manifest.kind not in kind.makes:
         raise RunFailed(f"{node.name}: made a {manifest.kind}, expected {' or '.join(kind.makes)}")
-    logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - started)
+    logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - meter.started)
     return manifest
+
+
+def _note_spent(workspace: Workspace, error: BaseException) -> None:
+    """Remember what an attempt cost that ends without an artifact, where the store is not what it ends for."""
+    if isinstance(error, Transient):
+        return
+    try:
+        workspace.store.note_spent(workspace.identity, workspace.meter.cost())
+    except (DistillError, OSError) as refused:
+        logger.warning("%s: what this attempt cost is not kept: %s", workspace.lineage.node, refused)
+
+
+def _devices_wanted(node: Node, processes: int) -> int:
+    """Devices that the stage takes where there are as many: one a process."""
+    return processes if isinstance(node.config, TrainingConfig) else int(getattr(node.config, "processes", 1))
 
 
 def _processes(node: Node, surroundings: Surroundings) -> int:

@@ -1,10 +1,8 @@
 """What a stage is given beside its configuration and inputs: where to read, write and report. Nothing here may change a result."""
 
-import resource
+import functools
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from infra.progress import NullProgress, Progress
 from infra.store import ArtifactStore, Part
 from schemas.errors import CorruptArtifact
 from schemas.manifest import C, Cost, Lineage, Manifest
+from stages.meter import Meter
 from stages.ranks import Parallel
 
 
@@ -41,8 +40,8 @@ class Workspace:
     progress: Progress = field(default_factory=NullProgress)
     tensorboard: Path | None = None
     """Folder in which training tells its figures as it goes on. None: nowhere."""
-    started: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` at the stage's start."""
+    meter: Meter = field(default_factory=Meter)
+    """Runs from the stage's start."""
 
     def fetch(self, manifest: Manifest[Any], paths: Sequence[str] | None = None) -> Path:
         """Return a local folder with the artifact's files (all, or those named), verified. Read only."""
@@ -67,7 +66,8 @@ class Workspace:
             published = self.store.find(self.identity)
             assert published is not None, "the first process has published it"
             return published  # type: ignore[return-value]
-        lineage = self.lineage.model_copy(update={"cost": measured_cost(self.started), "finished_at": datetime.now(UTC)})
+        cost = functools.reduce(Cost.plus, self.store.spent(self.identity), self.meter.cost())
+        lineage = self.lineage.model_copy(update={"cost": cost, "finished_at": datetime.now(UTC)})
         manifest: Any = self.store.publish(folder, identity=self.identity, content=content, lineage=lineage, kept=kept)  # type: ignore[arg-type]
         self.parallel.wait()
         return manifest  # type: ignore[no-any-return]
@@ -105,9 +105,3 @@ class Workspace:
     def delete_parts(self, names: Sequence[str]) -> None:
         """Delete pieces by name."""
         self.store.delete_parts(self.identity, names)
-
-
-def measured_cost(started: float) -> Cost:
-    """Wall time since `started` (a `time.monotonic()` value) and the peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Cost(wall_seconds=time.monotonic() - started, peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024)

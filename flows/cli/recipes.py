@@ -38,6 +38,7 @@ def plan(
     from schemas.loading import load_recipe
     from stages.encode_cost import encode_cost
     from stages.encoded_size import human
+    from stages.gates import check_gates
     from stages.pairs_cost import pairs_cost
     from stages.plan import make_plan
     from stages.preflight import check_device
@@ -48,6 +49,7 @@ def plan(
     parsed = load_recipe(recipe, overrides or ())
     opened = open_store(store)
     planned = make_plan(parsed, remembered_digest)
+    check_gates(parsed.gates, planned.nodes)
     found = {node.name: find_complete(opened, planned.identities[node.name]) for node in planned.nodes}
     done = {name: manifest is not None for name, manifest in found.items()}
     cost = encode_cost(planned, found.get, opened)

@@ -25,11 +25,20 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
 
 
-def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = None) -> None:
+def run(
+    recipe: RecipeFile,
+    *,
+    overrides: Overrides = None,
+    store: Store = None,
+    device: Device = None,
+    pass_gate: Annotated[
+        list[str] | None, typer.Option("--pass-gate", metavar="NAME", help="Go on although this gate is not met; may be repeated.")
+    ] = None,
+) -> None:
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
     from flows.local import run_here
 
-    finished = run_here(load_recipe(recipe, overrides or ()), store, device)
+    finished = run_here(load_recipe(recipe, overrides or ()), store, device, tuple(pass_gate or ()))
     print_chain(finished.manifests, finished.made, finished.store)
 
 

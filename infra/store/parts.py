@@ -1,6 +1,7 @@
 """Parts: finished pieces of a stage that is not finished itself, such as shards and checkpoints. `part.json` is written last."""
 
 import logging
+import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from infra.store.filesystem import ObjectInfo, Storage
 from infra.store.transfer import in_parallel, object_key, scan, upload_missing
 from schemas.base import Model, Sha256
 from schemas.errors import BadInput
-from schemas.manifest import FileEntry
+from schemas.manifest import Cost, FileEntry
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,26 @@ def complete(storage: Storage, identity: Sha256, workers: int) -> list[Part]:
     ]
     found = in_parallel(lambda name: read_part(storage, identity, name), names, workers)
     return [part for part in found if part is not None and has_all(part, identity, groups[part.name])]
+
+
+SPENT = "spent"
+"""In the place of a part's name, but no part: what attempts cost that ended before the artifact was made. Goes with the parts."""
+
+
+def note_spent(storage: Storage, identity: Sha256, cost: Cost) -> None:
+    """Remember what an attempt cost."""
+    storage.put(f"{part_prefix(identity, SPENT)}/{uuid.uuid4().hex}.json", cost.model_dump_json().encode())
+
+
+def spent(storage: Storage, identity: Sha256) -> list[Cost]:
+    """Return what earlier attempts cost. A note that cannot be read is left out."""
+    found = []
+    for info in storage.objects(f"{part_prefix(identity, SPENT)}/"):
+        try:
+            found.append(Cost.model_validate_json(storage.read(info.key)))
+        except (FileNotFoundError, ValidationError) as error:
+            logger.warning("%s/%s cannot be read and is left out: %s", storage.address, info.key, error)
+    return found
 
 
 def by_part(infos: Iterable[ObjectInfo]) -> dict[str, list[ObjectInfo]]:

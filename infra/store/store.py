@@ -7,6 +7,7 @@ leases/<identity>/<generation>.json                 who works on what
 latest/<recipe>/<stage run>                         identity of the newest artifact
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,13 @@ from infra.store.cache import ReadCache
 from infra.store.filesystem import Storage, open_storage
 from infra.store.gc import ARTIFACTS, GcReport, collect
 from infra.store.local import copy_hashed
+from infra.store.metered import MeteredStorage, Traffic
 from infra.store.parts import Part
 from infra.store.safetensors_header import RawTensor
 from infra.store.settings import StoreSettings
 from schemas.base import Sha256
 from schemas.errors import BadInput, CorruptArtifact
-from schemas.manifest import Content, FileEntry, Lineage, Manifest, RelativePath
+from schemas.manifest import Content, Cost, FileEntry, Lineage, Manifest, RelativePath
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,12 @@ class ArtifactStore:
         storage = open_storage(address, settings)
         storage.check()
         return cls(storage, settings)
+
+    def metered(self, traffic: Traffic) -> Self:
+        """Return this store, its read cache included, with the bytes counted that go over it."""
+        other = copy.copy(self)
+        other._storage = MeteredStorage(self._storage, traffic)
+        return other
 
     @property
     def address(self) -> str:
@@ -317,6 +325,14 @@ class ArtifactStore:
 
             transfer.in_parallel(bring, wanted, self._workers)
         return destination
+
+    def note_spent(self, identity: str, cost: Cost) -> None:
+        """Remember what an attempt cost that ended before the artifact was made. Deleted with the parts."""
+        parts.note_spent(self._storage, _checked(identity), cost)
+
+    def spent(self, identity: str) -> list[Cost]:
+        """Return what earlier attempts at an unfinished artifact cost."""
+        return parts.spent(self._storage, _checked(identity))
 
     def delete_parts(self, identity: str, names: Sequence[str] | None = None) -> None:
         """Delete parts, whole or torn: those named, or all."""

@@ -17,6 +17,8 @@ from stages.registry import STAGES
 from tests.flows import toy
 
 ROOT = Path(__file__).resolve().parents[2]
+ENGINE = "from tests.flows import toy; toy.install(); from flows.flow_run import main; main()"
+"""What a worker starts for a run."""
 COMMAND = "from tests.flows import toy; toy.install(); from flows.cli import main; main()"
 
 
@@ -59,16 +61,16 @@ class ToyChain:
         (self.folder / f"{stage}.fail").write_text(f"{error} {times}")
 
     def command(
-        self, *arguments: str, server: str | None = None, output: int | IO[str] = subprocess.PIPE, **environment: str
+        self, *arguments: str, server: str | None = None, output: int | IO[str] = subprocess.PIPE, code: str = COMMAND, **environment: str
     ) -> "subprocess.Popen[str]":
-        """Start the command line with the toys registered."""
+        """Start the command line, or other `code`, with the toys registered."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DISTILL"))}
         clean |= {"PYTHONPATH": str(ROOT), "TOY_FOLDER": str(self.folder), "DISTILL_STORE_ADDRESS": self.address, "OMP_NUM_THREADS": "1"}
         clean |= {"PREFECT_HOME": str(self.folder / "prefect"), "XDG_CACHE_HOME": str(self.folder / "cache"), "COLUMNS": "200"}
         if server is not None:
             clean["PREFECT_API_URL"] = server
         return subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *arguments],
+            [sys.executable, "-c", code, *arguments],
             cwd=self.folder, env=clean | environment, text=True, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
             preexec_fn=_hear_interrupts,  # noqa: PLW1509 - tests start no threads that hold locks here
         )  # fmt: skip

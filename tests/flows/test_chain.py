@@ -147,11 +147,23 @@ def test_waits_between_tries_grow() -> None:
 
 def test_a_failed_chain_goes_on_where_it_failed(chain: ToyChain) -> None:
     chain.fail("encode", "RunFailed")
-    with pytest.raises(RunFailed):
-        run(chain)
+    state = run_state(chain)
+    assert state.is_failed() and "encode was told to" in state.message
     assert chain.runs() == ALL
+    reason = pages_of(state)["encode-failure"]
+    assert "encode was told to" in reason and f"distill stage encode RECIPE --store {chain.address}" in reason
     run(chain)
     assert chain.runs() == ["encode"]
+
+
+def pages_of(state: Any) -> dict[str, str]:
+    """Markdown pages of a flow run by key."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    filter_ = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return {str(item.key): str(item.data) for item in client.read_artifacts(artifact_filter=filter_) if item.type == "markdown"}
 
 
 def test_bad_input_is_refused_before_any_stage_runs(chain: ToyChain) -> None:

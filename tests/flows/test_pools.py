@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from schemas.errors import BadInput
-from tests.flows.conftest import ToyChain
+from tests.flows.conftest import ENGINE, ToyChain
 
 pytestmark = pytest.mark.service
 
 ALL = ["ingest", "measure", "select", "teacher", "encode"]
-TOYS = "from tests.flows import toy; toy.install(); from flows.flow_run import main; main()"
 PATIENCE_SECONDS = 600
 """For a machine that is busy otherwise: a flow run's process needs ten seconds of a quiet one before it begins."""
 
@@ -68,7 +67,7 @@ def pools(chain: ToyChain, prefect_server: str, client: Any) -> Iterator[None]:
     assert {"distill-chain/cpu", "distill-encode/gpu"} <= set(names) and "distill-chain/gpu" not in names
     for name in ("cpu", "gpu"):
         template = client.read_work_pool(name).base_job_template
-        template["variables"]["properties"]["command"]["default"] = f'python -c "{TOYS}"'
+        template["variables"]["properties"]["command"]["default"] = f'python -c "{ENGINE}"'
         client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
     with worker(chain, "cpu", prefect_server), worker(chain, "gpu", prefect_server):
         yield

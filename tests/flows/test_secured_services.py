@@ -19,11 +19,10 @@ from infra.seaweedfs import free_ports
 from infra.store.s3 import S3Storage
 from infra.store.settings import StoreSettings
 from schemas.errors import BadInput
-from tests.flows.conftest import ToyChain
+from tests.flows.conftest import ENGINE, ToyChain
 from tests.flows.test_secrets import PLANTED, traces, written
 
 AUTHENTICATION = PLANTED["PREFECT_API_AUTH_STRING"]
-TOYS = "from tests.flows import toy; toy.install(); import runpy; runpy.run_module('prefect.engine', run_name='__main__')"
 KEEPERS = {"services/environment", "services/state.json", "services/store/known.json", "services/store/s3.json"}
 """Files that are there to hold credentials, for their owner alone."""
 PATIENCE_SECONDS = 600
@@ -114,7 +113,7 @@ def test_only_those_who_know_the_password_get_in_and_it_is_written_nowhere(
 
     # A run that fails with a traceback in its log, and is retried.
     template = server.ask("work_pools/cpu")["base_job_template"]
-    template["variables"]["properties"]["command"]["default"] = f'python -c "{TOYS}"'
+    template["variables"]["properties"]["command"]["default"] = f'python -c "{ENGINE}"'
     server.ask("work_pools/cpu", {"base_job_template": template}, "PATCH")
     chain.fail("encode", "ZeroDivisionError")
     deployment = server.ask("deployments/name/distill-chain/cpu")["id"]
