@@ -191,6 +191,14 @@ def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
                 yield ("evaluate", "transfer", number, field), run, f"{expected}, or a path, such as ./{run}"
 
 
+def _also_is_no_run(recipe: Recipe) -> Iterator[Mistake]:
+    runs = {name for name in ("lcm", "dmd") if getattr(recipe, name) is not None}
+    runs |= {run.name for run in recipe.lightning.runs()} if recipe.lightning is not None else set()
+    for number, entry in enumerate(recipe.evaluate.also if recipe.evaluate is not None else ()):
+        if entry.name in runs:
+            yield ("evaluate", "also", number, "name"), entry.name, "a run of the recipe has this name: expected another"
+
+
 def _pools_are_of_sections(recipe: Recipe) -> Iterator[Mistake]:
     sections = [name for name in Recipe.model_fields if name not in ("name", "seed", "pools")]
     for name, pool in recipe.pools.items():
@@ -216,5 +224,6 @@ Recipe.cross_checks = (
     _published_is_measured,
     _published_is_made,
     _transfers_are_made,
+    _also_is_no_run,
     _pools_are_of_sections,
 )
