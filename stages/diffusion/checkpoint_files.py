@@ -75,7 +75,7 @@ def find_checkpoint(path: Path, field: str) -> Checkpoint:
 def wanted(path: str) -> bool:
     """Whether a file of a remote folder, by its path in it, is needed."""
     folder, _, name = path.rpartition("/")
-    named = name == LORA_FILE or name.startswith(STEMS)
+    named = name == LORA_FILE or (name.startswith(STEMS) and name.endswith((".safetensors", ".json")))
     return (folder in ("", "unet") and (named or name == "config.json")) or path in (MODEL_INDEX, "scheduler/scheduler_config.json")
 
 
