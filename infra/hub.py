@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from schemas.errors import BadInput, RunFailed
 
 TOKEN: Final = "HF_TOKEN"
@@ -34,8 +36,9 @@ def card_metadata(folder: Path) -> Mapping[str, Any]:
 
     try:
         found: dict[str, Any] = ModelCard.load(folder / CARD, ignore_metadata_errors=False).data.to_dict()
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{CARD}: no model card that the hub reads ({error}); expected a folder made by the stage publish") from error
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        told = str(error).splitlines()[0]
+        raise BadInput(f"{CARD}: no model card that the hub reads ({told}); expected a folder made by the stage publish") from error
     for field in ("license", "library_name", "tags"):
         if not found.get(field):
             raise BadInput(f"{CARD}: its metadata has no {field}; expected a card made by the stage publish")
