@@ -1,5 +1,6 @@
 """The whole plan in one file: one section a stage, and the checks that no section can make alone."""
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import attrgetter, gt, lt
@@ -175,6 +176,9 @@ def _dmd_has_its_pairs(recipe: Recipe) -> Iterator[Mistake]:
         yield ("dmd", "guidance_scale"), dmd.guidance_scale, expected
 
 
+_LINK = re.compile(r"lightning-\d+-\d+")
+"""How the names of runs of `lightning` begin."""
+
 _TRANSFERRED = {"base": "unet", "style": "lora"}
 """What `finetune` must train for each field of `evaluate.transfer`."""
 
@@ -192,11 +196,10 @@ def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _also_is_no_run(recipe: Recipe) -> Iterator[Mistake]:
-    runs = {name for name in ("lcm", "dmd") if getattr(recipe, name) is not None}
-    runs |= {run.name for run in recipe.lightning.runs()} if recipe.lightning is not None else set()
     for number, entry in enumerate(recipe.evaluate.also if recipe.evaluate is not None else ()):
-        if entry.name in runs:
-            yield ("evaluate", "also", number, "name"), entry.name, "a run of the recipe has this name: expected another"
+        section = "lightning" if _LINK.match(entry.name) else entry.name if entry.name in ("lcm", "dmd") else None
+        if section is not None and getattr(recipe, section) is not None:
+            yield ("evaluate", "also", number, "name"), entry.name, f"runs of {section} have such names: expected another"
 
 
 def _pools_are_of_sections(recipe: Recipe) -> Iterator[Mistake]:

@@ -234,8 +234,11 @@ def test_the_command_line_adds_to_the_recipes_entries() -> None:
         with_also(None, ["b"])
     with pytest.raises(BadInput, match=r"evaluate.also.1.name \(--set\): found 'a'; an entry before it has this name"):
         read_recipe(text, with_also(None, ["a=x"]))
-    with pytest.raises(BadInput, match="a run of the recipe has this name"):
+    with pytest.raises(BadInput, match="runs of lcm have such names: expected another"):
         read_recipe(text, with_also(None, ["lcm=x"]))
+    read_recipe(text, with_also(None, ["dmd=x", "lightning=y"]))
+    with pytest.raises(BadInput, match="found 'lightning-32-8'; runs of lightning have such names"):
+        read_recipe(text + "lightning: {chain: [32, 8]}\n", with_also(None, ["lightning-32-8=x"]))
     with pytest.raises(BadInput, match="rows of the teacher have this name"):
         read_recipe(text, with_also(None, ["teacher=x"]))
     with pytest.raises(BadInput, match="resamples is 5, expected a list to add to"):
