@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.console import output
-from flows.cli.options import Device, Overrides, RecipeFile, Store
+from flows.cli.options import Also, Device, Overrides, RecipeFile, Store, with_also
 from infra.progress import Progress, local_progress
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
@@ -29,6 +29,7 @@ def run(
     recipe: RecipeFile,
     *,
     overrides: Overrides = None,
+    also: Also = None,
     store: Store = None,
     device: Device = None,
     pass_gate: Annotated[
@@ -38,7 +39,7 @@ def run(
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
     from flows.local import run_here
 
-    finished = run_here(load_recipe(recipe, overrides or ()), store, device, tuple(pass_gate or ()))
+    finished = run_here(load_recipe(recipe, with_also(overrides, also)), store, device, tuple(pass_gate or ()))
     print_chain(finished.manifests, finished.made, finished.store)
 
 
@@ -53,6 +54,7 @@ def stage(
         ),
     ] = None,
     overrides: Overrides = None,
+    also: Also = None,
     store: Store = None,
     device: Device = None,
 ) -> None:
@@ -60,7 +62,7 @@ def stage(
     from flows.preparation import prepare
     from stages.runner import execute
 
-    parsed = load_recipe(recipe, overrides or ())
+    parsed = load_recipe(recipe, with_also(overrides, also))
     prepared = prepare(parsed, store, device, progress=_progress, only=name, inputs=_given(inputs or ()))
     node = prepared.plan.node(name)
     manifest = execute(prepared.plan, node, prepared.surroundings)

@@ -15,9 +15,9 @@ from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
+from stages.evaluate.also import Also, open_also, preflight_also
 from stages.evaluate.curves import Curve, read_curves
 from stages.evaluate.features import extractor_spec
-from stages.evaluate.fid import frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.past import samples_folder
@@ -28,7 +28,7 @@ from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.row_sets import RowSets
 from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Sampler, first_pictures, scheduler_of
-from stages.evaluate.scoring import DECIMALS, Score, Scoring, check_scoring
+from stages.evaluate.scoring import Score, Scoring, check_scoring
 from stages.evaluate.singles import Singles, check_singles
 from stages.evaluate.summary import Measured, Sources, summarise
 from stages.evaluate.timing import Timing, time_row
@@ -38,10 +38,14 @@ from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
 
 
-def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
-    """Look for the networks' packages, and at a prompts file and a CLIP model on this machine, hours before they are needed. Raises `BadInput`."""
+def preflight(config: EvaluateConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
+    """Look for the networks' packages, and at a prompts file, a CLIP model and checkpoints on this machine, hours before they are needed.
+
+    Raises `BadInput`.
+    """
     extractor_spec(config.extractor)
     preflight_transfers(config, outside)
+    preflight_also(config, outside, recipe)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
         read_prompts(Path(outside["prompts"].removeprefix("file://")))
     check_singles(config, outside)
@@ -59,7 +63,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
     real_images = (inputs.reference or inputs.selection).content.images
     check_scoring(config, len(prompts.images), real_images, pipeline.resolution)
-    rows = rows_of(config, inputs.teacher.content, inputs.students)
+    others = open_also(config, inputs.teacher, inputs.students, workspace)
+    also = {other.config.name: other for other in others}
+    rows = rows_of(config, inputs.teacher.content, inputs.students, [row for other in others for row in other.rows])
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
     transfers = open_transfers(config, inputs, rows, workspace)
@@ -69,7 +75,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
     pieces, looks = Pieces(workspace), config.reference_config()
-    singles = Singles.open(config, prompts, workspace, pieces, pipeline.resolution)
+    singles = Singles.open(config, prompts, workspace, pipeline.resolution)
     with workspace.folder("evaluation") as folder:
         sets = RowSets(folder, looks, spec, pieces, workspace)
         teacher = {"teacher": inputs.teacher.identity}
@@ -80,16 +86,16 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         scores: dict[str, Mapping[str, Score]] = {}
         timings: dict[str, Timing] = {}
         for row in rows:
-            load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
-            own = sets.of_row(row, sampler, load, teacher | _student(row, inputs))
-            samples, held_against = (samples_folder(folder, slug) for slug in (row.slug, rows[0].slug))
-            scores[row.name] = scoring.score(own, singles.of_row(row.slug, samples, held_against))
+            load = _loader(row, pipeline, also, inputs, workspace)
+            made_of = also[row.model].made_of() if row.model in also else _student(row, inputs)
+            own = sets.of_row(row, sampler, load, None if made_of is None else teacher | made_of)
+            scores[row.name] = scoring.score(own, singles.of_row(row.slug, rows[0].slug, sets))
             if config.timing is not None:
                 timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
 
-        elsewhere: dict[str, float] = {}
+        elsewhere: dict[str, Score] = {}
         for transfer in transfers:
-            elsewhere |= _elsewhere(transfer, sets, (sampler, other_noise), inputs, workspace)
+            elsewhere |= _elsewhere(transfer, sets, scoring, (sampler, other_noise), inputs)
         measured = Measured(
             identity=workspace.identity,
             config=config,
@@ -100,33 +106,31 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             extractor=spec,
             real_images=real_images,
             timings=timings,
+            also=others,
             transfers=tuple(summarise_transfers(transfers, elsewhere)),
         )
         grids = _draw_grids(folder, measured, transfers)
         _write_report(folder, measured, inputs, grids, workspace)
-        values = {name: {metric: score.value for metric, score in found.items()} for name, found in scores.items()}
-        values |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
-        intervals = {name: {metric: (score.low, score.high) for metric, score in found.items()} for name, found in scores.items()}
+        found = scores | {name: {"fid_teacher": score} for name, score in elsewhere.items()}
+        values = {name: {metric: score.value for metric, score in of_row.items()} for name, of_row in found.items()}
+        intervals = {name: {metric: (score.low, score.high) for metric, score in of_row.items()} for name, of_row in found.items()}
         return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct, rows=sets.keys))
 
 
-def _elsewhere(
-    transfer: Transfer, sets: RowSets, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
-) -> dict[str, float]:
+def _elsewhere(transfer: Transfer, sets: RowSets, scoring: Scoring, samplers: tuple[Sampler, Sampler], inputs: Inputs) -> dict[str, Score]:
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
+    workspace = sets.workspace
     pipeline = transfer.load(workspace.device)
     encoded = transfer.pictures(pipeline, samplers[0], inputs, workspace)
     of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
     weights = transfer.made_of(inputs, workspace)
-    own = sets.of_row(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, weights, ("whole",))[
-        "whole"
-    ].statistics
+    reference = sets.of_row(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, weights, ("whole",))
     found = {}
     for row in transfer.rows:
         made_of = None if weights is None else {**weights, **_student(row, inputs)}
-        load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
-        found[row.name] = sets.of_row(row, of_rows, load, made_of, ("whole",))["whole"].statistics
-    return {name: round(frechet_distance(statistics, own), DECIMALS) for name, statistics in found.items()}
+        own = sets.of_row(row, of_rows, _loader(row, pipeline, {}, inputs, workspace), made_of, ("whole",))
+        found[row.name] = scoring.between(own["whole"], reference["whole"])
+    return found
 
 
 def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed: int) -> PromptSet:
@@ -138,9 +142,15 @@ def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed:
     return assign(seeded_order(captions, seed), config.prompt_count, config.images_per_prompt, "captions")
 
 
-def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Workspace) -> Denoiser:
+def _loader(row: Row, pipeline: TeacherPipeline, also: Mapping[str, Also], inputs: Inputs, workspace: Workspace) -> Callable[[], Denoiser]:
     if row.model == TEACHER:
-        return pipeline.denoiser()
+        return pipeline.denoiser
+    if row.model in also:
+        return functools.partial(also[row.model].load, pipeline)
+    return functools.partial(_student_denoiser, row, pipeline, inputs, workspace)
+
+
+def _student_denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Workspace) -> Denoiser:
     manifest = inputs.students[row.model]
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 
