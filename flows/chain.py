@@ -1,10 +1,10 @@
 """The whole chain as one flow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from prefect import Flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.preparation import Prepared, as_recipe, prepare
 from flows.results import result_storage
@@ -12,13 +12,22 @@ from flows.routing import check_pools, sections_elsewhere
 from flows.run_names import recipe_run_name
 from flows.tasks import Json, run_stage, stage_progress
 from flows.texts import chain_page
-from schemas.manifest import Manifest
+from infra.store import ArtifactStore
+from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 
 R = TypeVar("R")
 RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
 STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS."
 DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps. Empty: DISTILL_DEVICE of the machine that runs the flow, or cpu."
+
+
+def link_report(manifests: Mapping[str, Manifest], store: ArtifactStore) -> None:
+    """Put a link to the evaluation's report on the run's page."""
+    for manifest in manifests.values():
+        if isinstance(manifest.content, Evaluation):
+            command = "`distill report RECIPE` writes it with the cost of every stage."
+            create_link_artifact(store.file_address(manifest, "report.html"), "report.html", key="report", description=command)
 
 
 def described(summary: str, **parameters: str) -> str:
@@ -65,4 +74,5 @@ def run_chain(prepared: Prepared) -> dict[str, Manifest]:
         )
     made = [node.name for node in prepared.unfinished]
     create_markdown_artifact(chain_page(plan.recipe.name, manifests, made, surroundings.store), key="chain", description=plan.recipe.name)
+    link_report(manifests, surroundings.store)
     return manifests
