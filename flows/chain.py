@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from prefect import Flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.gates import go_through_gates
 from flows.patience import tried_again
@@ -16,8 +16,9 @@ from flows.routing import check_pools, sections_elsewhere
 from flows.run_names import recipe_run_name
 from flows.tasks import Json, run_stage, stage_progress
 from flows.texts import chain_page
+from infra.store import ArtifactStore
 from schemas.errors import GateNotMet
-from schemas.manifest import Manifest
+from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.gates import check_passes
 
@@ -25,6 +26,14 @@ R = TypeVar("R")
 RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
 STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS."
 DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps. Empty: DISTILL_DEVICE of the machine that runs the flow, or cpu."
+
+
+def link_report(manifests: Mapping[str, Manifest], store: ArtifactStore) -> None:
+    """Put a link to the evaluation's report on the run's page."""
+    for manifest in manifests.values():
+        if isinstance(manifest.content, Evaluation):
+            command = "`distill report RECIPE` writes it with the cost of every stage."
+            create_link_artifact(store.file_address(manifest, "report.html"), "report.html", key="report", description=command)
 
 
 def described(summary: str, **parameters: str) -> str:
@@ -97,3 +106,4 @@ def run_chain(prepared: Prepared, passed: Sequence[str] = ()) -> dict[str, Manif
 def _show(prepared: Prepared, manifests: Mapping[str, Manifest]) -> None:
     name, made = prepared.plan.recipe.name, [node.name for node in prepared.unfinished]
     create_markdown_artifact(chain_page(name, manifests, made, prepared.surroundings.store), key="chain", description=name)
+    link_report(manifests, prepared.surroundings.store)

@@ -1,6 +1,5 @@
 """`make demo` and its longer siblings: recipes on pictures that this machine draws, serves and fetches itself."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -8,10 +7,12 @@ from pathlib import Path
 from typing import Final
 
 from flows.local import Finished, run_here
+from flows.report import chain_report
 from infra.demo.server import serve
 from infra.demo.table import Collection, make_collection, make_looks_collection, make_small_collection
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
+from schemas.recipe import Recipe
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = Path("demo")
@@ -53,21 +54,24 @@ def run_demo(name: str = "tiny.yaml", folder: Path | None = None, overrides: tup
     """
     folder = (folder or _demo(name).folder).absolute()
     model = folder / "model"
-    finished = run_on_drawn(name, folder, (f"publish.destination={model}", *overrides))
+    recipe, finished = run_on_drawn(name, folder, (f"publish.destination={model}", *overrides))
     report = folder / "report.html"
-    shutil.copyfile(finished.store.fetch(finished.manifests["evaluate"], ["report.html"]) / "report.html", report)
+    report.write_text(chain_report(recipe, finished.manifests, finished.store), encoding="utf-8")
     return Shown(finished, report, model)
 
 
-def run_on_drawn(name: str, folder: Path, overrides: tuple[str, ...]) -> Finished:
-    """Run the recipe of that file name on its pictures, drawn and served here. Raises `BadInput` outside a checkout of the project."""
+def run_on_drawn(name: str, folder: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Finished]:
+    """Run the recipe of that file name on its pictures, drawn and served here; return it as it was run.
+
+    Raises `BadInput` outside a checkout of the project.
+    """
     path = PROJECT / "recipes" / name
     if not path.is_file():
         raise BadInput(f"{path}: missing; the demo runs from a checkout of the project")
     collection = _demo(name).draw(folder)
     recipe = load_recipe(path, [f"ingest.table={collection.table}", *overrides])
     with serve(collection.pictures, collection.port):
-        return run_here(recipe, f"file://{folder / 'store'}")
+        return recipe, run_here(recipe, f"file://{folder / 'store'}")
 
 
 def _demo(name: str) -> Demo:

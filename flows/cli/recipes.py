@@ -1,7 +1,8 @@
-"""Commands that look at recipes and run nothing: `plan`, `schema`."""
+"""Commands that look at recipes and run nothing: `plan`, `report`, `schema`."""
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(plan)
+    app.command()(report)
     app.command()(schema)
 
 
@@ -97,6 +99,24 @@ def _memory(planned: "Plan", found: "Mapping[str, Manifest | None]", store: "Art
 
     estimates = memory_estimates(planned, found.get, store)
     return estimates or {}, sentence(estimates)
+
+
+def report(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    store: Store = None,
+    to: Annotated[Path, typer.Option("--output", metavar="FILE", help="Where to write the page.")] = Path("report.html"),
+) -> None:
+    """Write the report of a recipe that has run: the evaluation's page, with the cost of every stage and how to make it again."""
+    from flows.preparation import open_store, remembered_digest
+    from flows.report import planned_report
+    from schemas.loading import load_recipe
+    from stages.plan import make_plan
+
+    page = planned_report(make_plan(load_recipe(recipe, overrides or ()), remembered_digest), open_store(store))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(page, encoding="utf-8")
+    output.print(f"report: {to}")
 
 
 def schema() -> None:

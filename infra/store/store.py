@@ -290,6 +290,10 @@ class ArtifactStore:
         key = transfer.object_key(_prefix(manifest.identity), entry)
         return lambda start, stop: self._storage.read_range(key, start, min(stop, entry.size))
 
+    def file_address(self, manifest: Manifest[Any], path: str) -> str:
+        """Where a file lies, for people and other programs. Raises `BadInput` for a path the artifact does not have."""
+        return f"{self.address}/{transfer.object_key(_prefix(manifest.identity), self._entry(manifest, path))}"
+
     def _where(self, manifest: Manifest, path: str) -> str:
         return f"{self.address}/{_prefix(manifest.identity)}: {path}"
 

@@ -1,10 +1,11 @@
-"""Training curves of a student, from its `metrics.parquet`, thinned for a chart."""
+"""Training curves of a student, from its `metrics.parquet`, thinned for a chart, and its alarms."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from stages.training.alarms import RollBack, roll_backs
 from stages.training.metrics import columns, kept_rows, read_metrics, thinned
 
 
@@ -17,11 +18,22 @@ class Curve:
     """(step, median of the steps around it)."""
 
 
-def read_curves(path: Path) -> tuple[Curve, ...]:
-    """Every loss in a metrics table: columns called `loss`, or whose name ends so. Each has at most 120 points, medians of equal stretches."""
+@dataclass(frozen=True)
+class TrainingCurves:
+    """What a chart of one training shows."""
+
+    losses: tuple[Curve, ...] = ()
+    alarms: tuple[RollBack, ...] = ()
+
+
+def read_curves(path: Path) -> TrainingCurves:
+    """Every loss in a metrics table, columns called `loss` or whose name ends so, and the alarms that training went on from.
+
+    A curve has at most 120 points, medians of equal stretches of the steps that led to the result.
+    """
     if "step" not in pq.read_schema(path).names:
-        return ()
-    rows = kept_rows(read_metrics(path))
-    names = [name for name in columns(rows) if name.endswith("loss")]
-    curves = (Curve(name, thinned(rows, name)) for name in names)
-    return tuple(curve for curve in curves if curve.points)
+        return TrainingCurves()
+    happened = read_metrics(path)
+    rows = kept_rows(happened)
+    curves = (Curve(name, thinned(rows, name)) for name in columns(rows) if name.endswith("loss"))
+    return TrainingCurves(tuple(curve for curve in curves if curve.points), tuple(roll_backs(happened)))

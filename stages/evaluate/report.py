@@ -9,15 +9,20 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from stages.evaluate.curves import Curve
+from stages.evaluate.curves import TrainingCurves
 from stages.evaluate.grid import Group, Pixels, thumbnail
 from stages.evaluate.metrics.catalogue import METRICS
+from stages.evaluate.published import PUBLISHED
 from stages.evaluate.summary import figure
+from stages.reports.chain import chain_part
 from stages.reports.charts import Series, line_chart, swatch
-from stages.reports.page import data_uri, funnel, page_environment, plural
+from stages.reports.page import data_uri, funnel, page_environment, page_script, plural
 
 _COLOURS = 6
+_HEADLINE = ("fid_teacher", "fid_real")
+"""Metrics that are drawn against latency too."""
 _EXACT_PX = 128
+_START_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class GridPictures:
 
 
 def render_report(
-    summary: Mapping[str, Any], grid: GridPictures, transferred: Mapping[str, GridPictures], curves: Mapping[str, Sequence[Curve]]
+    summary: Mapping[str, Any], grid: GridPictures, transferred: Mapping[str, GridPictures], curves: Mapping[str, TrainingCurves]
 ) -> str:
     """Return the page. `summary` is what `report.json` holds; `transferred` are by entry of `evaluate.transfer`, `curves` by student."""
     environment = page_environment("stages.evaluate")
@@ -46,11 +51,17 @@ def render_report(
         tables=[_table(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         timings=_timings(summary),
+        latencies=[
+            _latency(summary, metric, title, families, slots) for metric, title in summary["metrics"].items() if metric in _HEADLINE
+        ],
+        published=PUBLISHED,
         transfers=[_transfer(entry) | {"grid": _grid(transferred[entry["name"]])} for entry in summary.get("transfers", ())],
         tiles=_tiles(summary),
         grid=_grid(grid),
-        curves=[(name, _curve(name, lines)) for name, lines in curves.items() if lines],
+        script=page_script("stages.evaluate", "samples.js"),
+        curves=[(name, _curve(name, training), training.alarms) for name, training in curves.items() if training.losses],
         funnel=funnel(summary["funnel"]),
+        chain=chain_part(summary["lineage"]),
         config=yaml.safe_dump({"evaluate": summary["config"]}, sort_keys=False, allow_unicode=True),
     )
 
@@ -115,38 +126,97 @@ def _timings(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _quality(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
+    """A metric against steps."""
+    points = {
+        family: [(float(row["steps"]), row["scores"][metric]) for row in summary["rows"] if row["family"] == family] for family in families
+    }
+    return _metric_chart(metric, title, points, slots, "sampling steps", falling_x=True)
+
+
+def _latency(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
+    """A metric against the seconds that one picture takes, of the rows that were timed."""
+    timed = [row for row in summary["rows"] if row.get("timing") is not None]
+    points = {
+        family: [(row["timing"]["latency_seconds"], row["scores"][metric]) for row in timed if row["family"] == family]
+        for family in families
+    }
+    return _metric_chart(metric, title, points, slots, "seconds, one picture", round_x=True)
+
+
+def _metric_chart(
+    metric: str,
+    title: str,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    slots: Mapping[str, int],
+    x_label: str,
+    *,
+    round_x: bool = False,
+    falling_x: bool = False,
+) -> dict[str, Any]:
     about = METRICS[metric]
     log = about.unit.endswith("FID")  # positive, and over orders of magnitude
-    series = []
-    for family in families:
-        points = tuple(
-            (float(row["steps"]), row["scores"][metric])
-            for row in summary["rows"]
-            if row["family"] == family and (row["scores"][metric] > 0 or not log)
-        )
-        series.append(Series(family, points, slots[family]))
+    series = [Series(family, tuple((x, y) for x, y in line if y > 0 or not log), slots[family]) for family, line in points.items()]
     better = "higher" if about.higher_is_better else "lower"
     chart = line_chart(
-        series, title=title, x_label="sampling steps", y_label=f"{about.unit}, {better} is better", log_x=True, log_y=log, falling_x=True
+        series,
+        title=title,
+        x_label=x_label,
+        y_label=f"{about.unit}, {better} is better",
+        log_x=True,
+        log_y=log,
+        round_x=round_x,
+        falling_x=falling_x,
     )
     return {"title": title, "svg": chart}
 
 
-def _curve(name: str, curves: Sequence[Curve]) -> Markup:
+def _curve(name: str, training: TrainingCurves) -> Markup:
+    curves = training.losses
     positive = all(value > 0 for curve in curves for _, value in curve.points)
     series = [Series(curve.name, curve.points, 1 + number % (_COLOURS - 1), markers=False) for number, curve in enumerate(curves)]
     return line_chart(
-        series, title=f"{name}: loss", x_label="optimiser step", y_label=", ".join(curve.name for curve in curves), log_y=positive
+        series,
+        title=f"{name}: loss",
+        x_label="optimiser step",
+        y_label=", ".join(curve.name for curve in curves),
+        log_y=positive,
+        marks=[float(alarm.step) for alarm in training.alarms],
     )
 
 
 def _grid(grid: GridPictures) -> dict[str, Any]:
+    """Columns of the table, and for the sliders the families, the teacher first, with their step counts."""
+    steps: dict[str, list[int]] = {}
+    for group in grid.groups:
+        for row in group.rows:
+            steps.setdefault(row.family, []).append(group.steps)
+    numbers = {family: number for number, family in enumerate(steps)}
     columns = [
-        {"family": row.family, "steps": group.steps, "first": number == 0, "images": [picture_uri(picture) for picture in pictures]}
+        {
+            "family": row.family,
+            "number": numbers[row.family],
+            "steps": group.steps,
+            "first": number == 0,
+            "images": [picture_uri(picture) for picture in pictures],
+        }
         for group, group_pictures in zip(grid.groups, grid.pictures, strict=True)
         for number, (row, pictures) in enumerate(zip(group.rows, group_pictures, strict=True))
     ]
-    return {"prompts": grid.prompts, "groups": [(group.steps, len(group.rows)) for group in grid.groups], "columns": columns}
+    families = [
+        {"name": family, "steps": counts, "start": 0 if number == 0 else _start(counts)}
+        for number, (family, counts) in enumerate(steps.items())
+    ]
+    return {
+        "prompts": grid.prompts,
+        "groups": [(group.steps, len(group.rows)) for group in grid.groups],
+        "columns": columns,
+        "families": families,
+    }
+
+
+def _start(counts: Sequence[int]) -> int:
+    """Where a student's slider stands at first, of falling step counts: at 4 or the next below, else at the fewest."""
+    return next((number for number, count in enumerate(counts) if count <= _START_STEPS), len(counts) - 1)
 
 
 def picture_uri(pixels: Pixels) -> str:

@@ -16,7 +16,7 @@ from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.also import Also, open_also, preflight_also
-from stages.evaluate.curves import Curve, read_curves
+from stages.evaluate.curves import TrainingCurves, read_curves
 from stages.evaluate.features import extractor_spec
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
@@ -184,7 +184,17 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mappi
     rows = measured.rows
     summary = summarise(
         measured,
-        Sources(inputs.teacher, inputs.latents, inputs.images, inputs.selection, inputs.students, inputs.finetuned, inputs.reference),
+        Sources(
+            teacher=inputs.teacher,
+            latents=inputs.latents,
+            images=inputs.images,
+            selection=inputs.selection,
+            students=inputs.students,
+            finetuned=inputs.finetuned,
+            reference=inputs.reference,
+            inputs=workspace.lineage.inputs,
+            find=workspace.store.find,
+        ),
     )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render_report(summary, grids[""], grids, _curves(inputs, workspace)), encoding="utf-8")
@@ -193,6 +203,13 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mappi
         for row in rows
     ]
     pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
+    long = [
+        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps, "metric": metric}
+        | {"value": score.value, "low": score.low, "high": score.high}
+        for row in rows
+        for metric, score in measured.scores[row.name].items()
+    ]
+    pq.write_table(pa.Table.from_pylist(long), folder / "rows.parquet")
 
 
 def _columns(scores: Mapping[str, Score]) -> dict[str, float]:
@@ -201,7 +218,7 @@ def _columns(scores: Mapping[str, Score]) -> dict[str, float]:
     return {name if end == "value" else f"{name}_{end}": getattr(score, end) for name, score in scores.items() for end in ends}
 
 
-def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, tuple[Curve, ...]]:
+def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, TrainingCurves]:
     """Training curves by student, of those that have a metrics table."""
     name = "metrics.parquet"
     return {

@@ -14,6 +14,8 @@ from stages.evaluate.rows import TEACHER, Finetuned, Row
 from stages.evaluate.scoring import Score
 from stages.evaluate.timing import Timing
 from stages.registry import stage
+from stages.reports.ancestry import Find, ancestors, lineage_row
+from stages.reports.ancestry import Row as LineageRow
 from stages.reports.page import plural
 
 Scores = Mapping[str, Mapping[str, Score]]
@@ -42,7 +44,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sources:
-    """Manifests of what was evaluated, and of what that was made from."""
+    """Manifests of what was evaluated, and where to look for what that was made from."""
 
     teacher: Manifest[Teacher]
     latents: Manifest[Latents]
@@ -50,7 +52,17 @@ class Sources:
     selection: Manifest[Selection]
     students: Mapping[str, StudentManifest]
     finetuned: Mapping[str, Finetuned]
-    reference: Manifest[ReferenceSet] | None = None
+    reference: Manifest[ReferenceSet] | None
+    inputs: Mapping[str, str]
+    """Of the evaluation: identities of artifacts and digests of files from elsewhere, by name."""
+    find: Find
+    """How the store finds what these were made from."""
+
+    def nearest(self) -> list[Manifest[Any]]:
+        """What was evaluated, and against what."""
+        chain: list[Manifest[Any]] = [self.images, self.selection, self.teacher, self.latents]
+        chain += [*self.students.values(), *self.finetuned.values()]
+        return chain if self.reference is None else [*chain, self.reference]
 
 
 def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
@@ -180,25 +192,19 @@ def funnel(sources: Sources) -> list[dict[str, Any]]:
     return stations
 
 
-def lineage(identity: str, sources: Sources) -> list[dict[str, Any]]:
-    """The artifacts behind the report, in the order in which they were made."""
-    chain: list[Manifest[Any]] = [sources.images, sources.selection, sources.teacher, sources.latents]
-    chain += [*sources.students.values(), *sources.finetuned.values()]
-    chain += [] if sources.reference is None else [sources.reference]
-    rows = [
-        {
-            "node": manifest.lineage.node,
-            "kind": manifest.kind,
-            "identity": manifest.identity,
-            "stage": manifest.lineage.stage,
-            "revision": manifest.lineage.revision,
-        }
-        for manifest in chain
-    ]
-    return [
-        *rows,
-        {"node": "evaluate", "kind": "evaluation", "identity": identity, "stage": "evaluate", "revision": stage("evaluate").revision},
-    ]
+def lineage(identity: str, sources: Sources) -> list[LineageRow]:
+    """The artifacts behind the report, each after what it was made from, and the evaluation itself."""
+    nearest = sources.nearest()
+    named = set(sources.inputs.values())
+    inputs = dict(sources.inputs) | {found.lineage.node: found.identity for found in nearest if found.identity not in named}
+    own: LineageRow = {
+        "node": "evaluate",
+        "kind": "evaluation",
+        "identity": identity,
+        "stage": "evaluate",
+        "revision": stage("evaluate").revision,
+    }
+    return [*map(lineage_row, ancestors(nearest, sources.find)), {**own, "inputs": inputs}]
 
 
 def figure(value: float) -> str:

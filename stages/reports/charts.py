@@ -30,13 +30,15 @@ def line_chart(
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
+    round_x: bool = False,
     falling_x: bool = False,
     marks: Sequence[float] = (),
     size: tuple[int, int] = (420, 270),
 ) -> Markup:
     """Draw lines over x and y.
 
-    `log_x`: base-2 axis whose ticks are the x values that occur (step counts). `log_y`: base-10 axis. `falling_x`: largest x on the left.
+    `log_x`: logarithmic axis whose ticks are the x values that occur (step counts), or with `round_x` round ones. `log_y`: base-10 axis. `falling_x`:
+    largest x on the left.
     `marks`: values of x where something happened, as dashed lines; those beyond the points are left out.
     `size` is the drawing's (width, height) in its own pixels, at which the text is legible. Lines without points are left out; a chart without
     any point is an empty string.
@@ -58,7 +60,7 @@ def line_chart(
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     parts.extend(
         f'<text class="tick" x="{x_axis(tick):.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle">{_short(tick)}</text>'
-        for tick in (xs if log_x else _ticks(xs[0], xs[-1], log=False))
+        for tick in (xs if log_x and not round_x else _apart(_ticks(xs[0], xs[-1], log=log_x), x_axis))
     )
     parts.append(f'<text class="axis" x="{width - _RIGHT}" y="{height - 5}" text-anchor="end">{escape(x_label)}</text>')
     parts.append(f'<text class="axis" x="{_LEFT}" y="{height - 5}">{escape(y_label)}</text>')

@@ -1,10 +1,14 @@
 """Pages and cards from templates: `style.css.j2` and `parts.html.j2` of this package serve all pages."""
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 
 def page_environment(package: str) -> Environment:
@@ -30,6 +34,21 @@ def card_environment(package: str) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script inside a page, which the page's policy admits by its digest: nothing else runs there."""
+
+    text: Markup
+    sha256: str
+    """Base64, as a content security policy takes it."""
+
+
+def page_script(package: str, name: str) -> Script:
+    """The script that lies in a package as it is, to stand between `<script>` and `</script>`."""
+    text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
+    return Script(Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii"))
 
 
 def plural(count: int, noun: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -39,6 +40,26 @@ class Alarm:
     def mark(self) -> dict[str, float]:
         """What the step's row says of it."""
         return {COLUMN + self.name: 1.0}
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """An alarm that training went on from."""
+
+    name: str
+    step: int
+    back_to: int
+    """The step whose state was taken up again."""
+
+
+def roll_backs(rows: Sequence[Row]) -> list[RollBack]:
+    """Every alarm that training went on from, of figures in the order in which they happened."""
+    found = []
+    for row, following in pairwise(rows):
+        names = [name.removeprefix(COLUMN) for name in row if name.startswith(COLUMN)]
+        if names:
+            found.append(RollBack(names[0], int(row["step"]), int(following["step"]) - 1))
+    return found
 
 
 def non_finite(figures: Mapping[str, float], step: int, player: str, updater: Updater) -> Alarm | None:

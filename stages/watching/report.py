@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +16,7 @@ from schemas.training import TrainingConfig
 from stages.reports.charts import Series, line_chart, swatch
 from stages.reports.page import data_uri, grouped, page_environment, plural
 from stages.training import Row
-from stages.training.alarms import COLUMN
+from stages.training.alarms import RollBack, roll_backs
 from stages.training.metrics import columns, kept_rows, thinned
 from stages.watching.look import FID, Seen
 
@@ -51,8 +50,8 @@ class Training:
 def render_report(training: Training) -> str:
     """Return the page."""
     config, lineage, seen = training.config, training.lineage, training.seen
-    kept, alarms = kept_rows(training.rows), _alarms(training.rows)
-    marks = [float(alarm["step"]) for alarm in alarms]
+    kept, alarms = kept_rows(training.rows), roll_backs(training.rows)
+    marks = [float(alarm.step) for alarm in alarms]
     return (
         page_environment("stages.watching")
         .get_template("report.html.j2")
@@ -86,17 +85,7 @@ def _says(content: StudentContent | FinetunedLoRA | Teacher) -> str:
     return f"{method}{network}, says {content.prediction_type}"
 
 
-def _alarms(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every alarm, with the step that training went back to."""
-    found = []
-    for row, following in pairwise(rows):
-        names = [name.removeprefix(COLUMN) for name in row if name.startswith(COLUMN)]
-        if names:
-            found.append({"step": int(row["step"]), "name": names[0], "back_to": int(following["step"]) - 1})
-    return found
-
-
-def _tiles(kept: Sequence[Row], alarms: Sequence[Mapping[str, Any]], seen: Seen | None) -> list[dict[str, str]]:
+def _tiles(kept: Sequence[Row], alarms: Sequence[RollBack], seen: Seen | None) -> list[dict[str, str]]:
     last = kept[-1]
     tiles = [{"label": "steps", "value": grouped(int(last["step"])), "note": plural(len(alarms), "roll-back") if alarms else "no alarm"}]
     if seen is not None:

@@ -1,0 +1,76 @@
+"""The report of a chain that has ended."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.report import chain_report, planned_report
+from infra.store import ArtifactStore
+from schemas.base import digest
+from schemas.errors import BadInput
+from schemas.loading import load_recipe
+from schemas.manifest import Cost, Evaluation, ImageShards, Lineage, Manifest, PublishedModel
+from schemas.recipe import Recipe
+from stages.plan import Plan, make_plan
+from stages.reports.ancestry import lineage_row
+from stages.reports.chain import chain_part
+from tests.workspaces import open_store
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe(RECIPE, ["seed=5"])
+
+
+@pytest.fixture(scope="module")
+def plan(recipe: Recipe) -> Plan:
+    return make_plan(recipe, digest)
+
+
+def publish(store: ArtifactStore, plan: Plan, node: str, content: Any, folder: Path, *, seconds: float) -> Manifest:
+    """An artifact with the identity and the inputs of the plan, and of content what the report reads."""
+    lineage = Lineage(
+        stage=node, node=node, revision=1, config={}, inputs=dict(plan.input_digests[node]), source_revision="a" * 40,
+        libraries={"torch": "2.0"}, device="cpu", cost=Cost(wall_seconds=seconds),
+    )  # fmt: skip
+    return store.publish(folder, identity=plan.identities[node], content=content, lineage=lineage)
+
+
+def test_the_page_of_an_ended_chain_has_costs_and_recipe(tmp_path: Path, recipe: Recipe, plan: Plan) -> None:
+    store = open_store(tmp_path)
+    with pytest.raises(BadInput, match=r"tiny: its stage evaluate has not run on .*expected a recipe that distill run has finished"):
+        planned_report(plan, store)
+    other, page = tmp_path / "other", tmp_path / "page"
+    other.mkdir()
+    page.mkdir()
+    (other / "file").write_text("text")
+    ingest = publish(store, plan, "ingest", ImageShards(rows_in_table=1, images=1, shards=1), other, seconds=100)
+    (page / "report.html").write_text(f"<p>above</p>{chain_part([lineage_row(ingest)])}<p>below</p>", encoding="utf-8")
+    evaluation = publish(store, plan, "evaluate", Evaluation(scores={}, prompts=1), page, seconds=30)
+    alone = chain_report(recipe, {"evaluate": evaluation}, store)
+    assert "2 min 10 s" in alone, "both stages"
+    publish(store, plan, "publish", PublishedModel(variants={}), other, seconds=10)
+    found = planned_report(plan, store)
+    assert found.startswith("<p>above</p>") and found.endswith("<p>below</p>")
+    for said in (
+        "2 min 20 s",
+        "seed: 5",
+        "a" * 40,
+        "torch 2.0",
+        "distill run tiny.yaml",
+        f"distill verify {plan.identities['publish'][:12]}",
+    ):
+        assert said in found, said
+    for identity in (plan.identities[node] for node in ("ingest", "evaluate", "publish")):
+        assert f'id="a-{identity[:12]}"' in found
+    address = store.file_address(evaluation, "report.html")
+    assert Path(address.removeprefix("file://")).read_bytes() == (page / "report.html").read_bytes()
+
+
+def test_a_recipe_without_evaluation_has_no_report(tmp_path: Path) -> None:
+    plan = make_plan(load_recipe(RECIPE, ["evaluate=null", "publish=null"]), digest)
+    with pytest.raises(BadInput, match="its stage evaluate is not in the recipe"):
+        planned_report(plan, open_store(tmp_path))
