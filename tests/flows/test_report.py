@@ -94,3 +94,21 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
         main(["report", str(RECIPE), *told, "--store", store.address, "--output", str(tmp_path / "new" / "page.html")])
     assert ended.value.code == 0, capsys.readouterr()
     assert "1 min 30 s" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.service
+@pytest.mark.usefixtures("prefect_server")
+def test_the_runs_page_links_to_it(tmp_path: Path, plan: Plan) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    from flows.chain import link_report
+
+    store = open_store(tmp_path)
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").write_text("<p>page</p>", encoding="utf-8")
+    evaluation = publish(store, plan, "evaluate", Evaluation(scores={}, prompts=1), tmp_path / "page", seconds=1)
+    link_report({"evaluate": evaluation}, store)
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["report"])))
+    assert f"[report.html]({store.file_address(evaluation, 'report.html')})" in [item.data for item in found]
