@@ -89,9 +89,9 @@ def _table(summary: Mapping[str, Any], metric: str, title: str, families: Sequen
     lines = []
     for family in families:
         cells = [
-            {"text": figure(values[key]), "range": "–".join(map(figure, intervals[key])), "best": values[key] == best.get(key[1])}
+            {"text": figure(values[key]), "range": [figure(end) for end in intervals[key]], "best": values[key] == best.get(key[1])}
             if (key := (family, count)) in values
-            else {"text": "", "range": "", "best": False}
+            else {"text": "", "range": [], "best": False}
             for count in steps
         ]
         lines.append({"family": family, "swatch": swatch(slots[family]), "cells": cells})

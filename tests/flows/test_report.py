@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from flows.report import chain_report, planned_report
+from infra.outside import content_digest
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.errors import BadInput
@@ -74,3 +75,40 @@ def test_a_recipe_without_evaluation_has_no_report(tmp_path: Path) -> None:
     plan = make_plan(load_recipe(RECIPE, ["evaluate=null", "publish=null"]), digest)
     with pytest.raises(BadInput, match="its stage evaluate is not in the recipe"):
         planned_report(plan, open_store(tmp_path))
+
+
+@pytest.mark.usefixtures("restored_process")
+def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    (tmp_path / "table.csv").write_text("url,caption\n")
+    changes = [f"ingest.table={tmp_path / 'table.csv'}", f"teacher.source={RECIPE.parent / 'tiny_teacher'}", "publish=null"]
+    plan = make_plan(load_recipe(RECIPE, changes), content_digest)
+    store = open_store(tmp_path)
+    (tmp_path / "page").mkdir()
+    row = {"node": "evaluate", "kind": "evaluation", "identity": "0" * 64, "stage": "evaluate", "revision": 1, "inputs": {}}
+    (tmp_path / "page" / "report.html").write_text(chain_part([row]), encoding="utf-8")
+    publish(store, plan, "evaluate", Evaluation(scores={}, prompts=1), tmp_path / "page", seconds=90)
+    told = [argument for change in changes for argument in ("--set", change)]
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(RECIPE), *told, "--store", store.address, "--output", str(tmp_path / "new" / "page.html")])
+    assert ended.value.code == 0, capsys.readouterr()
+    assert "1 min 30 s" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.service
+@pytest.mark.usefixtures("prefect_server")
+def test_the_runs_page_links_to_it(tmp_path: Path, plan: Plan) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    from flows.chain import link_report
+
+    store = open_store(tmp_path)
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").write_text("<p>page</p>", encoding="utf-8")
+    evaluation = publish(store, plan, "evaluate", Evaluation(scores={}, prompts=1), tmp_path / "page", seconds=1)
+    link_report({"evaluate": evaluation}, store)
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["report"])))
+    assert f"[report.html]({store.file_address(evaluation, 'report.html')})" in [item.data for item in found]
