@@ -5,6 +5,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import model_validator
 
+from schemas.also import TEACHERS, AlsoConfig
 from schemas.base import Field, Mistake, Model, NotIdentity
 from schemas.finetune import finetune_named
 from schemas.protocols import PATCH_PX, PROTOCOLS, MetricGroup, Protocol
@@ -169,6 +170,8 @@ class EvaluateConfig(Model):
     """Seed of prompts and starting noise. null: the recipe's."""
     transfer: tuple[TransferConfig, ...] = ()
     """Other bases and styles that the LoRAs among the students are measured on."""
+    also: tuple[AlsoConfig, ...] = ()
+    """Published checkpoints, by path, that have rows beside the students."""
 
     def reference_config(self) -> ReferenceConfig:
         """How pictures are shown to the feature network."""
@@ -183,16 +186,20 @@ class EvaluateConfig(Model):
         return {**PROTOCOLS.get(data["protocol"], {}), **data}
 
     def identity_fields(self) -> dict[str, Any]:
-        """As of any model; an evaluation without transfer is the one it was before there was such a field."""
+        """As of any model; an evaluation without transfer or also is the one it was before there was such a field."""
         fields = super().identity_fields()
-        return fields if self.transfer else {name: value for name, value in fields.items() if name != "transfer"}
+        return {name: value for name, value in fields.items() if value or name not in ("transfer", "also")}
 
 
-def _transfers_have_names_of_their_own(config: EvaluateConfig) -> Iterator[Mistake]:
-    names = [entry.name for entry in config.transfer]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            yield ("transfer", number, "name"), name, "an entry before it has this name: expected another"
+def _entries_have_names_of_their_own(config: EvaluateConfig) -> Iterator[Mistake]:
+    for field, entries in (("transfer", config.transfer), ("also", config.also)):
+        names = [entry.name for entry in entries]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                yield (field, number, "name"), name, "an entry before it has this name: expected another"
+    for number, also in enumerate(config.also):
+        if also.name in TEACHERS:
+            yield ("also", number, "name"), also.name, "rows of the teacher have this name: expected another"
 
 
 PERCEPTUAL: Final = frozenset({"lpips", "diversity"})
@@ -210,7 +217,7 @@ def _metrics_can_be_computed(config: EvaluateConfig) -> Iterator[Mistake]:
         yield ("images_per_prompt",), config.images_per_prompt, "metrics has diversity: expected at least 2"
 
 
-EvaluateConfig.cross_checks = (_transfers_have_names_of_their_own, _metrics_can_be_computed)
+EvaluateConfig.cross_checks = (_entries_have_names_of_their_own, _metrics_can_be_computed)
 
 
 class PublishConfig(Model):

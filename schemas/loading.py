@@ -17,7 +17,7 @@ from schemas.yaml_text import parse_yaml
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `section.field=value` overrides.
+    """Read a recipe file and apply `section.field=value` overrides, and `section.field+=entry`, which adds one to a list.
 
     Raises `BadInput` that lists every mistake: YAML path and line, the value found and what was expected.
     """
@@ -136,9 +136,9 @@ _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 8
 
 
 def _apply(data: dict[Any, Any], override: str) -> tuple[str, ...]:
-    """Set one value in the data; return its place."""
+    """Set one value in the data, or add one to a list; return its place."""
     path, separator, text = override.partition("=")
-    keys = path.split(".")
+    keys = path.removesuffix("+").split(".")
     if not separator or not all(keys):
         raise BadInput(f"--set {override}: expected section.field=value, such as lightning.batch_size=16")
     value = parse_yaml(text, f"--set {override}")[0]
@@ -150,8 +150,15 @@ def _apply(data: dict[Any, Any], override: str) -> tuple[str, ...]:
         node = node[name]
         if not isinstance(node, dict):
             raise BadInput(f"--set {override}: {key} is {shown(node)}, expected a section")
-    node[_key(node, keys[-1])] = value
-    return tuple(keys)
+    last = _key(node, keys[-1])
+    if not path.endswith("+"):
+        node[last] = value
+        return tuple(keys)
+    listed = node.get(last) or []
+    if not isinstance(listed, list):
+        raise BadInput(f"--set {override}: {keys[-1]} is {shown(listed)}, expected a list to add to")
+    node[last] = [*listed, value]
+    return (*keys, str(len(listed)))
 
 
 def _key(node: dict[Any, Any], key: str) -> Any:

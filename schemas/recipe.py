@@ -1,5 +1,6 @@
 """The whole plan in one file: one section a stage, and the checks that no section can make alone."""
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import attrgetter, gt, lt
@@ -175,6 +176,9 @@ def _dmd_has_its_pairs(recipe: Recipe) -> Iterator[Mistake]:
         yield ("dmd", "guidance_scale"), dmd.guidance_scale, expected
 
 
+_LINK = re.compile(r"lightning-\d+-\d+")
+"""How the names of runs of `lightning` begin."""
+
 _TRANSFERRED = {"base": "unet", "style": "lora"}
 """What `finetune` must train for each field of `evaluate.transfer`."""
 
@@ -189,6 +193,13 @@ def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
                     f"names no run of finetune with network: {_TRANSFERRED[field]}: expected one ({', '.join(fitting) or 'there is none'})"
                 )
                 yield ("evaluate", "transfer", number, field), run, f"{expected}, or a path, such as ./{run}"
+
+
+def _also_is_no_run(recipe: Recipe) -> Iterator[Mistake]:
+    for number, entry in enumerate(recipe.evaluate.also if recipe.evaluate is not None else ()):
+        section = "lightning" if _LINK.match(entry.name) else entry.name if entry.name in ("lcm", "dmd") else None
+        if section is not None and getattr(recipe, section) is not None:
+            yield ("evaluate", "also", number, "name"), entry.name, f"runs of {section} have such names: expected another"
 
 
 def _pools_are_of_sections(recipe: Recipe) -> Iterator[Mistake]:
@@ -216,5 +227,6 @@ Recipe.cross_checks = (
     _published_is_measured,
     _published_is_made,
     _transfers_are_made,
+    _also_is_no_run,
     _pools_are_of_sections,
 )

@@ -136,7 +136,7 @@ def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
     )
     for entry in config.transfer:
         places |= entry.outside()
-    return places
+    return places | {also.outside_name: also.path for also in config.also}
 
 
 def _outside(**addresses: str | None) -> dict[str, str]:

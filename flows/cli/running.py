@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.console import output
-from flows.cli.options import Device, Overrides, RecipeFile, Store
+from flows.cli.options import Also, Device, Overrides, RecipeFile, Store, with_also
 from infra.progress import Progress, local_progress
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
@@ -25,11 +25,11 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
 
 
-def run(recipe: RecipeFile, overrides: Overrides = None, store: Store = None, device: Device = None) -> None:
+def run(recipe: RecipeFile, overrides: Overrides = None, also: Also = None, store: Store = None, device: Device = None) -> None:
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
     from flows.local import run_here
 
-    finished = run_here(load_recipe(recipe, overrides or ()), store, device)
+    finished = run_here(load_recipe(recipe, with_also(overrides, also)), store, device)
     print_chain(finished.manifests, finished.made, finished.store)
 
 
@@ -44,6 +44,7 @@ def stage(
         ),
     ] = None,
     overrides: Overrides = None,
+    also: Also = None,
     store: Store = None,
     device: Device = None,
 ) -> None:
@@ -51,7 +52,7 @@ def stage(
     from flows.preparation import prepare
     from stages.runner import execute
 
-    parsed = load_recipe(recipe, overrides or ())
+    parsed = load_recipe(recipe, with_also(overrides, also))
     prepared = prepare(parsed, store, device, progress=_progress, only=name, inputs=_given(inputs or ()))
     node = prepared.plan.node(name)
     manifest = execute(prepared.plan, node, prepared.surroundings)

@@ -1,14 +1,16 @@
 """LoRA files held against a base: found, read by their headers alone, and refused where they do not fit."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
 from schemas.errors import BadInput
-from stages.diffusion.lora import LORA_FILE
+from stages.diffusion.facts import read_config
+from stages.diffusion.kohya import kohya_module
+from stages.diffusion.lora import LORA_FILE, LORA_TARGETS
 from stages.diffusion.weights import find_weights, read_header
 
 Shape = tuple[int, ...]
@@ -18,7 +20,7 @@ _UNET = ("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model
 
 _KOHYA = "lora_unet_"
 _ORIGINAL_BLOCKS = ("input_blocks_", "middle_block_", "output_blocks_")
-"""Kohya's names by the original code's blocks, not diffusers': which layer each is only diffusers' loader knows."""
+"""Kohya's names by the original code's blocks, not diffusers'."""
 
 
 def find_lora(place: str, field: str) -> Path:
@@ -41,7 +43,7 @@ def check_fits(file: Path, base: Path, field: str) -> None:
     Raises `BadInput`, naming `field`, for a file that is no LoRA of a UNet alone, and for layers that the base lacks or has of another shape.
     """
     layers = _unet_layers(base)
-    factors = _factors(file, field, {name.replace(".", "_"): name for name in layers})
+    factors = _factors(file, field, _kohya_names(file, base, layers))
     for name, (down, up) in factors.items():
         if name not in layers:
             raise BadInput(
@@ -49,8 +51,17 @@ def check_fits(file: Path, base: Path, field: str) -> None:
             )
         changed = (up[0], *down[1:])
         if changed != layers[name]:
-            expected = f"the base's is {_times(layers[name])}; expected a LoRA of a base with the same shapes"
-            raise BadInput(f"{field} {file.name}: made for another UNet: its {name} is {_times(changed)}, {expected}")
+            expected = f"the base's is {times(layers[name])}; expected a LoRA of a base with the same shapes"
+            raise BadInput(f"{field} {file.name}: made for another UNet: its {name} is {times(changed)}, {expected}")
+
+
+def _kohya_names(file: Path, base: Path, layers: Iterable[str]) -> dict[str, str]:
+    """Layers by their names in kohya's files, with underscores; also by those of the original code's blocks where the file has them."""
+    names = {name.replace(".", "_"): name for name in layers}
+    if any(name.startswith(tuple(_KOHYA + block for block in _ORIGINAL_BLOCKS)) for name in read_header(file)):
+        config = read_config(base, "unet")
+        names |= {kohya_module(name, config): name for name in layers if name.endswith(LORA_TARGETS)}
+    return names
 
 
 def _unet_layers(base: Path) -> dict[str, Shape]:
@@ -60,7 +71,8 @@ def _unet_layers(base: Path) -> dict[str, Shape]:
 
 
 def _factors(file: Path, field: str, kohya: Mapping[str, str]) -> dict[str, tuple[Shape, Shape]]:
-    """Shapes of A and B by layer; none for names that only diffusers' loader can tell. `kohya` gives a layer's name by that with underscores."""
+    """Shapes of A and B by layer; none for names of layers that ours never change, which only diffusers' loader can tell. `kohya` gives a layer's
+    name by that with underscores."""
     header = read_header(file)
     if not any("lora" in name for name in header):
         what = "the weights of a whole network" if any(name.startswith(("conv_in.", "unet.conv_in.")) for name in header) else "no LoRA"
@@ -77,7 +89,7 @@ def _factors(file: Path, field: str, kohya: Mapping[str, str]) -> dict[str, tupl
             continue  # an alpha
         if layer.startswith(_KOHYA):
             layer = layer.removeprefix(_KOHYA)
-            if layer.startswith(_ORIGINAL_BLOCKS):
+            if layer.startswith(_ORIGINAL_BLOCKS) and layer not in kohya:
                 continue
             layer = kohya.get(layer, layer)
         found.setdefault(layer, [None, None])[0 if side.startswith(("A", "down")) else 1] = shape
@@ -86,6 +98,8 @@ def _factors(file: Path, field: str, kohya: Mapping[str, str]) -> dict[str, tupl
         if down is None or up is None or len(down) < 2 or len(up) < 2 or down[0] != up[1] or math.prod(up[2:]) != 1:
             raise BadInput(f"{field} {file.name}: {layer}: its two factors do not belong together; expected a whole LoRA")
         pairs[layer] = (down, up)
+    if not pairs:
+        raise BadInput(f"{field} {file.name}: changes no layer that the base has; expected a LoRA of its architecture")
     return pairs
 
 
@@ -94,5 +108,6 @@ def _shapes(header: Mapping[str, Mapping[str, list[int]]]) -> dict[str, Shape]:
     return {name: tuple(entry["shape"]) for name, entry in convert(dict(header)).items()}
 
 
-def _times(shape: Shape) -> str:
+def times(shape: Shape) -> str:
+    """A shape for people: `4 x 320 x 3 x 3`."""
     return " x ".join(map(str, shape))

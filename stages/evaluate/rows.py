@@ -1,6 +1,6 @@
 """The rows of the table: every model with every step count it is sampled with, and how it is sampled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -59,25 +59,27 @@ class Row:
         return f"{self.model}-at-{self.steps}" + (f"-on-{self.on}" if self.on else "")
 
 
-def rows_of(config: EvaluateConfig, teacher: Teacher, students: Mapping[str, StudentManifest]) -> tuple[Row, ...]:
-    """Rows in order: the teacher by the recipe's step counts (the first is the reference), then students by family, most steps first."""
+def rows_of(config: EvaluateConfig, teacher: Teacher, students: Mapping[str, StudentManifest], also: Sequence[Row] = ()) -> tuple[Row, ...]:
+    """Rows in order: the teacher by the recipe's step counts (the first is the reference), then students by family, most steps first, then what is
+    evaluated beside them."""
     rows = [
         Row(TEACHER, TEACHER, steps, trailing_timesteps(steps), "trailing", teacher.prediction_type, config.teacher_guidance_scale)
         for steps in dict.fromkeys(config.teacher_steps)
     ]
-    families = families_of(students)
+    families = families_of(students, also)
     sampled = [
         Row.of_student(node, families[node], steps, manifest.content)
         for node, manifest in students.items()
         for steps in manifest.content.steps
     ]
-    return (*rows, *sorted(sampled, key=lambda row: (row.family, -row.steps, row.model)))
+    return (*rows, *sorted(sampled, key=lambda row: (row.family, -row.steps, row.model)), *also)
 
 
-def families_of(students: Mapping[str, StudentManifest]) -> dict[str, str]:
-    """By node name the family: method, with `LoRA` where it is one; the node's own name where two would share a step count."""
+def families_of(students: Mapping[str, StudentManifest], also: Sequence[Row] = ()) -> dict[str, str]:
+    """By node name the family: method, with `LoRA` where it is one; the node's own name where two, or one of the rows `also`, would share a step
+    count."""
     families = {node: _family(manifest) for node, manifest in students.items()}
-    taken: dict[tuple[str, int], list[str]] = {}
+    taken = {(row.family, row.steps): [row.model] for row in also}
     for node, manifest in students.items():
         for steps in manifest.content.steps:
             taken.setdefault((families[node], steps), []).append(node)

@@ -15,6 +15,7 @@ from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
+from stages.evaluate.also import Also, open_also, preflight_also
 from stages.evaluate.curves import Curve, read_curves
 from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import frechet_distance
@@ -38,10 +39,14 @@ from stages.training.randomness import derive_seed
 from stages.workspace import Workspace
 
 
-def preflight(config: EvaluateConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
-    """Look for the networks' packages, and at a prompts file and a CLIP model on this machine, hours before they are needed. Raises `BadInput`."""
+def preflight(config: EvaluateConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
+    """Look for the networks' packages, and at a prompts file, a CLIP model and checkpoints on this machine, hours before they are needed.
+
+    Raises `BadInput`.
+    """
     extractor_spec(config.extractor)
     preflight_transfers(config, outside)
+    preflight_also(config, outside, recipe)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
         read_prompts(Path(outside["prompts"].removeprefix("file://")))
     check_singles(config, outside)
@@ -59,7 +64,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
     real_images = (inputs.reference or inputs.selection).content.images
     check_scoring(config, len(prompts.images), real_images, pipeline.resolution)
-    rows = rows_of(config, inputs.teacher.content, inputs.students)
+    others = open_also(config, inputs.teacher, inputs.students, workspace)
+    also = {other.config.name: other for other in others}
+    rows = rows_of(config, inputs.teacher.content, inputs.students, [row for other in others for row in other.rows])
     for row in rows:
         scheduler_of(row, pipeline.scheduler_config)
     transfers = open_transfers(config, inputs, rows, workspace)
@@ -80,8 +87,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         scores: dict[str, Mapping[str, Score]] = {}
         timings: dict[str, Timing] = {}
         for row in rows:
-            load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
-            own = sets.of_row(row, sampler, load, teacher | _student(row, inputs))
+            load = _loader(row, pipeline, also, inputs, workspace)
+            made_of = also[row.model].made_of() if row.model in also else _student(row, inputs)
+            own = sets.of_row(row, sampler, load, None if made_of is None else teacher | made_of)
             samples, held_against = (samples_folder(folder, slug) for slug in (row.slug, rows[0].slug))
             scores[row.name] = scoring.score(own, singles.of_row(row.slug, samples, held_against))
             if config.timing is not None:
@@ -100,6 +108,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             extractor=spec,
             real_images=real_images,
             timings=timings,
+            also=others,
             transfers=tuple(summarise_transfers(transfers, elsewhere)),
         )
         grids = _draw_grids(folder, measured, transfers)
@@ -124,7 +133,7 @@ def _elsewhere(
     found = {}
     for row in transfer.rows:
         made_of = None if weights is None else {**weights, **_student(row, inputs)}
-        load = functools.partial(_denoiser, row, pipeline, inputs, workspace)
+        load = _loader(row, pipeline, {}, inputs, workspace)
         found[row.name] = sets.of_row(row, of_rows, load, made_of, ("whole",))["whole"].statistics
     return {name: round(frechet_distance(statistics, own), DECIMALS) for name, statistics in found.items()}
 
@@ -138,9 +147,15 @@ def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed:
     return assign(seeded_order(captions, seed), config.prompt_count, config.images_per_prompt, "captions")
 
 
-def _denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Workspace) -> Denoiser:
+def _loader(row: Row, pipeline: TeacherPipeline, also: Mapping[str, Also], inputs: Inputs, workspace: Workspace) -> Callable[[], Denoiser]:
     if row.model == TEACHER:
-        return pipeline.denoiser()
+        return pipeline.denoiser
+    if row.model in also:
+        return functools.partial(also[row.model].load, pipeline)
+    return functools.partial(_student_denoiser, row, pipeline, inputs, workspace)
+
+
+def _student_denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, workspace: Workspace) -> Denoiser:
     manifest = inputs.students[row.model]
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 

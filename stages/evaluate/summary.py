@@ -6,6 +6,7 @@ from typing import Any
 
 from schemas.evaluation import EvaluateConfig
 from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentManifest, Teacher
+from stages.evaluate.also import Also
 from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
@@ -35,6 +36,8 @@ class Measured:
     """By row, where the recipe asks for them."""
     transfers: tuple[Mapping[str, Any], ...] = ()
     """Of every entry of `evaluate.transfer`: its name, what is changed, and its rows with their FID to the changed teacher."""
+    also: tuple[Also, ...] = ()
+    """Checkpoints from outside that have rows."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
 
 def _row(row: Row, measured: Measured) -> dict[str, Any]:
     scores, timing = measured.scores[row.name], measured.timings.get(row.name)
+    also = next((also for also in measured.also if also.config.name == row.model), None)
     return {
         "name": row.name,
         "model": row.model,
@@ -103,6 +107,7 @@ def _row(row: Row, measured: Measured) -> dict[str, Any]:
         "scores": {metric: score.value for metric, score in scores.items()},
         "intervals": {metric: [score.low, score.high] for metric, score in scores.items()},
         **({} if timing is None else {"timing": timing.as_json()}),
+        **({} if also is None else {"note": also.note, "weights_digest": also.weights}),
     }
 
 
@@ -123,7 +128,7 @@ def warnings(measured: Measured) -> list[str]:
         )
     if measured.config.extractor != "inception":
         found.append(f"Features are those of {measured.extractor.title}, not of Inception: the scale differs from published FIDs.")
-    return found
+    return found + [also.note for also in measured.also]
 
 
 def verdict(rows: Sequence[Row], scores: Mapping[str, Mapping[str, float]]) -> str:
