@@ -66,7 +66,7 @@ def prepare(
     given: dict[str, str] = {}
     for name, reference in (inputs or {}).items():
         upstream = _upstream(nodes, target, name)
-        given[upstream] = _artifact(found, upstream, reference).identity
+        given[upstream] = find_artifact(found, upstream, reference).identity
     plan = make_plan(recipe, remembered_digest, given, target)
     settings = Settings.load()
     surroundings = Surroundings(
@@ -94,7 +94,8 @@ def _upstream(nodes: Sequence[Node], target: Node | None, name: str) -> str:
     return name
 
 
-def _artifact(store: ArtifactStore, node: str, reference: str) -> Manifest:
+def find_artifact(store: ArtifactStore, node: str, reference: str) -> Manifest:
+    """Return the artifact that a reference means, or with `latest:recipe` the newest of that recipe's run `node`. Raises `BadInput`."""
     kind, separator, recipe = reference.partition(":")
     if kind != "latest" or not separator or "/" in recipe:
         return store.resolve(reference)
