@@ -7,7 +7,7 @@ from types import FrameType
 
 import typer
 
-from flows.cli import artifacts, composing, deploying, recipes, running, sampling, services
+from flows.cli import artifacts, comparing, composing, deploying, publishing, recipes, running, sampling, services
 from flows.cli.console import Stopped, errors, set_up_logging
 from schemas.errors import BadInput, DistillError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (running, deploying, services, recipes, artifacts, sampling, composing):
+for group in (running, deploying, services, recipes, artifacts, comparing, publishing, sampling, composing):
     group.register(app)
 
 

@@ -17,7 +17,7 @@ def check_destination(destination: str, field: str = "publish.destination") -> P
     `field` is what the person calls it who named the destination.
     """
     if "://" in destination and not destination.startswith("file://"):
-        raise BadInput(f"{field} {destination}: expected a local folder; on object storage the artifact itself is what to read")
+        raise BadInput(f"{field} {destination}: expected a local folder; distill publish --to takes it to object storage")
     path = Path(destination.removeprefix("file://")).expanduser().absolute()
     if path.is_dir() and not any(path.iterdir()):
         return path
@@ -47,12 +47,12 @@ def replaced(path: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def export_folder(source: Path, destination: str) -> Path:
+def export_folder(source: Path, destination: str, field: str = "publish.destination") -> Path:
     """Copy the published model in `source` to `destination`, replacing an earlier one.
 
     The copy is made beside the destination and takes its name at the end. Raises `BadInput` as `check_destination` does.
     """
-    path = check_destination(destination)
+    path = check_destination(destination, field)
     with replaced(path) as fresh:
         for file in sorted(item for item in source.rglob("*") if item.is_file()):
             target = fresh / file.relative_to(source)

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 
+from infra.hub import card_metadata
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, PublishConfig
 from stages import evaluate, publish
@@ -160,6 +161,8 @@ def test_the_card_is_what_the_hub_reads(published: Published) -> None:
     assert metadata["pipeline_tag"] == "text-to-image"
     assert metadata["base_model"] == "someone/tiny"
     assert {"text-to-image", "lora", "lcm"} <= set(metadata["tags"])
+    assert card_metadata(published.folder) == metadata, "as the hub's own library reads it"
+    assert "widget" not in metadata
     for manifest in (published.chain.teacher, published.evaluation, *published.students.values()):
         assert manifest.identity in card
     assert published.chain.teacher.content.weights_digest in card
