@@ -197,7 +197,8 @@ class ReferenceSet(Model):
 
 
 class Evaluation(Model):
-    """`report.html`, `scores.parquet`, `report.json`, sample grids; the samples and features of every row."""
+    """`report.html`, `scores.parquet`, `report.json`, sample grids; the samples and features of every row, and the numbers of its
+    single pictures."""
 
     kind: Literal["evaluation"] = "evaluation"
     scores: dict[str, dict[str, float]]
@@ -206,7 +207,7 @@ class Evaluation(Model):
     """Of scores, by the same names: lower and upper end."""
     prompts: int
     rows: dict[str, Sha256] = {}
-    """By the name of a row's files, what they follow from: an evaluation that asks for the same takes them over."""
+    """By the name of files (a row's, or the numbers of its pictures), what they follow from: an evaluation that asks for the same takes them over."""
 
 
 class PublishedModel(Model):

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,11 @@ def features_file(folder: Path, slug: str) -> Path:
     return folder / "features" / f"{slug}.safetensors"
 
 
+def numbers_file(folder: Path, name: str) -> Path:
+    """Where it has one number a picture of a row, by the metric's name and the row's."""
+    return folder / "numbers" / f"{name}.safetensors"
+
+
 class PastRows:
     """Finished rows by their key."""
 
@@ -54,7 +59,7 @@ class PastRows:
 
     @cached_property
     def _held(self) -> dict[Sha256, tuple[Manifest, str]]:
-        """Manifest of the evaluation and name of the row's files, by key. Every manifest of the store is read, once."""
+        """Manifest of the evaluation and name of the files, by key. Every manifest of the store is read, once."""
         found: dict[Sha256, tuple[Manifest, str]] = {}
         for manifest in self._workspace.store.manifests():
             if isinstance(manifest.content, Evaluation):
@@ -63,15 +68,27 @@ class PastRows:
 
     def take(self, key: Sha256, slug: str, folder: Path) -> bool:
         """Copy a row's files into an evaluation's folder, under this slug; False where no evaluation holds it whole."""
+
+        def files(manifest: Manifest, known: str) -> dict[str, Path]:
+            there = Path()
+            shards = samples_folder(there, known)
+            samples = (entry.path for entry in manifest.files if Path(entry.path).parent == shards)
+            return {features_file(there, known).as_posix(): features_file(folder, slug)} | {
+                path: samples_folder(folder, slug) / Path(path).name for path in samples
+            }
+
+        return self._take(key, slug, files)
+
+    def take_numbers(self, key: Sha256, name: str, folder: Path) -> bool:
+        """The same for numbers of single pictures."""
+        return self._take(key, name, lambda _manifest, known: {numbers_file(Path(), known).as_posix(): numbers_file(folder, name)})
+
+    def _take(self, key: Sha256, name: str, files: Callable[[Manifest, str], dict[str, Path]]) -> bool:
+        """`files` says by the manifest, and the name that its evaluation knows them by, which files go where."""
         if key not in self._held:
             return False
         manifest, known = self._held[key]
-        there, here = Path(), folder
-        moved = {features_file(there, known).as_posix(): features_file(here, slug)}
-        shards = samples_folder(there, known)
-        moved |= {
-            entry.path: samples_folder(here, slug) / Path(entry.path).name for entry in manifest.files if Path(entry.path).parent == shards
-        }
+        moved = files(manifest, known)
         try:
             source = self._workspace.fetch(manifest, sorted(moved))
         except (CorruptArtifact, FileNotFoundError) as error:
@@ -80,5 +97,5 @@ class PastRows:
         for path, target in moved.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, target)
-        logger.info("%s: as in evaluation %s", slug, manifest.identity[:12])
+        logger.info("%s: as in evaluation %s", name, manifest.identity[:12])
         return True

@@ -1,11 +1,15 @@
-"""Features of every set of pictures that an evaluation compares: taken over from an earlier one, or sampled and looked at."""
+"""What an evaluation finds of every set of pictures, features and numbers of each: taken over from an earlier one, or sampled and looked at."""
 
 import functools
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from schemas.base import Sha256
 from schemas.evaluation import ReferenceConfig
@@ -13,7 +17,7 @@ from stages.diffusion.denoiser import Denoiser
 from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.metrics.catalogue import View
-from stages.evaluate.past import PastRows, features_file, key_of, row_key, samples_folder
+from stages.evaluate.past import PastRows, features_file, key_of, numbers_file, row_key, samples_folder
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.rows import Row
 from stages.evaluate.samples import Sampler, read_pictures, sample_row
@@ -21,6 +25,8 @@ from stages.evaluate.scoring import Sets
 from stages.evaluate.views import Viewer, keep_sets, read_sets, views_of
 from stages.selected import SelectedPictures
 from stages.workspace import Workspace
+
+Numbers = NDArray[np.float32]
 
 
 class RowSets:
@@ -55,6 +61,22 @@ class RowSets:
         if self.workspace.device.startswith("cuda"):
             torch.cuda.empty_cache()
         return read_sets(file)
+
+    def numbers(self, metric: str, slug: str, made_of: Mapping[str, Any], make: Callable[[], Numbers]) -> Numbers:
+        """One number a picture of a row, (N,). `made_of` says by digests and settings what they follow from; one that is None is not known."""
+        name = f"{metric}-{slug}"
+        file = numbers_file(self.folder, name)
+        known = None not in made_of.values()
+        if known:
+            self.keys[name] = key_of(metric=metric, **made_of)
+        if not (known and self._past.take_numbers(self.keys[name], name, self.folder)):
+            with self.pieces.piece(name) as (folder, made):
+                piece = folder / "numbers.safetensors"
+                if not made:
+                    save_file({"numbers": make()}, piece)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(piece, file)
+        return load_file(file)["numbers"]
 
     def of_selection(self, inputs: Inputs, resolution: int) -> Sets:
         """Features of the selection's pictures, as squares of the teacher's `resolution` (pixels)."""

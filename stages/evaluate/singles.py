@@ -1,13 +1,11 @@
-"""Numbers of single pictures of a row: CLIP score, perceptual distances. Each is kept: a killed run does not look at the pictures again."""
+"""Numbers of single pictures of a row: CLIP score, perceptual distances. Each is kept: neither a killed run nor a later evaluation looks at the
+pictures again."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from infra.outside import local_copy
 from schemas.dmd import RegressionConfig
@@ -16,13 +14,12 @@ from schemas.evaluation import PERCEPTUAL, EvaluateConfig, PerceptualConfig
 from stages.evaluate.metrics.catalogue import PICTURE_METRICS
 from stages.evaluate.metrics.clip_score import ClipScorer, check_clip, is_wanted
 from stages.evaluate.metrics.perceptual import Distance, diversity, paired
-from stages.evaluate.pieces import Pieces
+from stages.evaluate.past import samples_folder
 from stages.evaluate.prompts import PromptSet
+from stages.evaluate.row_sets import Numbers, RowSets
 from stages.evaluate.samples import read_pictures
 from stages.perceptual import build, check_packages
 from stages.workspace import Workspace
-
-Numbers = NDArray[np.float32]
 
 
 class Singles:
@@ -36,12 +33,13 @@ class Singles:
         clip: ClipScorer | None,
         distance: Distance | None,
         device: str,
-        pieces: Pieces,
+        outside: Mapping[str, str],
     ) -> None:
-        self.config, self.prompts, self.clip, self.distance, self.device, self.pieces = config, prompts, clip, distance, device, pieces
+        """`outside`: digests of what lies outside, by the plan's names."""
+        self.config, self.prompts, self.clip, self.distance, self.device, self.outside = config, prompts, clip, distance, device, outside
 
     @classmethod
-    def open(cls, config: EvaluateConfig, prompts: PromptSet, workspace: Workspace, pieces: Pieces, resolution: int) -> Self:
+    def open(cls, config: EvaluateConfig, prompts: PromptSet, workspace: Workspace, resolution: int) -> Self:
         """Load what is needed. Raises `BadInput` for a CLIP model or weights of the distance that cannot be had, and for a distance that pictures of
         `resolution` pixels are too small for."""
         clip = None
@@ -53,29 +51,32 @@ class Singles:
             place = workspace.outside.get("perceptual_vgg")
             distance = load_distance(config.perceptual, None if place is None else local_copy(place, workspace.scratch), workspace.device)
             _check_size(distance, resolution, config.perceptual, workspace.device)
-        return cls(config, prompts, clip=clip, distance=distance, device=workspace.device, pieces=pieces)
+        return cls(config, prompts, clip=clip, distance=distance, device=workspace.device, outside=workspace.lineage.inputs)
 
-    def of_row(self, name: str, samples: Path, reference: Path) -> dict[str, Numbers]:
-        """(N,) by the names among a row's scores. `samples` and `reference` are folders of shards: the row's, and those of the same noise that it is
-        held against."""
-        found: dict[str, Callable[[], Numbers]] = {}
+    def of_row(self, slug: str, reference: str, sets: RowSets) -> dict[str, Numbers]:
+        """(N,) by the names among a row's scores. `slug` and `reference` name the row and the one of the same noise that it is held against, whose
+        samples lie in the folder of `sets`."""
+        samples, others = (samples_folder(sets.folder, name) for name in (slug, reference))
+        found: dict[str, tuple[Callable[[], Numbers], dict[str, Any]]] = {}
         if (clip := self.clip) is not None:
-            found["clip_score"] = lambda: clip.scores(read_pictures(samples), self.prompts.images)
+            told: dict[str, Any] = {"model": self.outside.get("clip_model"), "prefix": self.config.clip_prefix}
+            found["clip_score"] = (lambda: clip.scores(read_pictures(samples), self.prompts.images), told)
         if (distance := self.distance) is not None:
-            found["lpips_teacher"] = lambda: paired(read_pictures(samples), read_pictures(reference), distance, self.device)
-            found["diversity"] = lambda: diversity(read_pictures(samples), self.config.images_per_prompt, distance, self.device)
+            vgg = self.outside.get("perceptual_vgg") if self.config.perceptual.vgg is not None else "torchvision's"
+            by: dict[str, Any] = {"distance": self.config.perceptual.identity_fields(), "vgg": vgg}
+            found["lpips_teacher"] = (
+                lambda: paired(read_pictures(samples), read_pictures(others), distance, self.device),
+                by | {"reference": sets.keys.get(reference)},
+            )
+            found["diversity"] = (
+                lambda: diversity(read_pictures(samples), self.config.images_per_prompt, distance, self.device),
+                by | {"images_per_prompt": self.config.images_per_prompt},
+            )
         return {
-            metric: self._kept(f"{metric}-{name}", make)
-            for metric, make in found.items()
+            metric: sets.numbers(metric, slug, made_of | {"row": sets.keys.get(slug)}, make)
+            for metric, (make, made_of) in found.items()
             if PICTURE_METRICS[metric][0] in self.config.metrics
         }
-
-    def _kept(self, name: str, make: Callable[[], Numbers]) -> Numbers:
-        with self.pieces.piece(name) as (folder, made):
-            path = folder / "numbers.safetensors"
-            if not made:
-                save_file({"numbers": make()}, path)
-            return load_file(path)["numbers"]
 
 
 def load_distance(config: PerceptualConfig, vgg: Path | None, device: str) -> Distance:

@@ -76,7 +76,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     sampler = Sampler(pipeline, prompts, seed=seed, batch_size=config.batch_size, tick=tick)
     other_noise = Sampler(pipeline, prompts, seed=derive_seed(seed, "reference"), batch_size=config.batch_size, tick=tick)
     pieces, looks = Pieces(workspace), config.reference_config()
-    singles = Singles.open(config, prompts, workspace, pieces, pipeline.resolution)
+    singles = Singles.open(config, prompts, workspace, pipeline.resolution)
     with workspace.folder("evaluation") as folder:
         sets = RowSets(folder, looks, spec, pieces, workspace)
         teacher = {"teacher": inputs.teacher.identity}
@@ -90,8 +90,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             load = _loader(row, pipeline, also, inputs, workspace)
             made_of = also[row.model].made_of() if row.model in also else _student(row, inputs)
             own = sets.of_row(row, sampler, load, None if made_of is None else teacher | made_of)
-            samples, held_against = (samples_folder(folder, slug) for slug in (row.slug, rows[0].slug))
-            scores[row.name] = scoring.score(own, singles.of_row(row.slug, samples, held_against))
+            scores[row.name] = scoring.score(own, singles.of_row(row.slug, rows[0].slug, sets))
             if config.timing is not None:
                 timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
 

@@ -1,6 +1,10 @@
 """The stage `evaluate` with every metric, its intervals in the artifact, and pictures that are too small."""
 
+import importlib
 import json
+import operator
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from markupsafe import escape
 from PIL import Image
 
 from infra.outside import content_digest
+from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, PerceptualConfig
 from schemas.loading import parse_recipe
@@ -42,10 +47,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 @pytest.fixture(scope="module")
 def evaluated(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("scored")
-    workspace = make_workspace(folder, chain.store, identity="scored", outside={"clip_model": str(tiny_clip(folder / "clip"))})
-    manifest = run(CONFIG, Inputs.model_validate(chain.inputs(one=chain.unet(1))), workspace)
+    manifest = scored(chain, CONFIG, tmp_path_factory.mktemp("scored"), "scored", one=chain.unet(1))
     return manifest, chain.store.fetch(manifest)
+
+
+def scored(chain: Chain, config: EvaluateConfig, folder: Path, identity: str, **students: Any) -> Any:
+    workspace = make_workspace(folder, chain.store, identity=identity, outside={"clip_model": str(tiny_clip(folder / "clip"))})
+    lineage = workspace.lineage.model_copy(update={"inputs": {"clip_model": digest("tiny CLIP")}})
+    return run(config, Inputs.model_validate(chain.inputs(**students)), replace(workspace, lineage=lineage))
 
 
 def test_every_score_has_an_interval_that_holds_it(evaluated: tuple[Any, Path]) -> None:
@@ -59,6 +68,35 @@ def test_every_score_has_an_interval_that_holds_it(evaluated: tuple[Any, Path]) 
     assert all(manifest.content.intervals["one@1"]["fid_real"][0] < values["fid_real"] for values in [manifest.content.scores["one@1"]])
     table = pq.read_table(folder / "scores.parquet").to_pylist()
     assert table[0]["kid_real_low"] <= table[0]["kid_real"] <= table[0]["kid_real_high"]
+
+
+def test_one_student_more_has_its_own_pictures_looked_at_and_no_others(
+    chain: Chain, evaluated: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def counted(place: str, name: str) -> None:
+        original = operator.attrgetter(name)(importlib.import_module(place))
+        monkeypatch.setattr(f"{place}.{name}", lambda *given: looked.append(name) or original(*given))
+
+    for place, name in (
+        ("stages.evaluate.singles", "paired"),
+        ("stages.evaluate.singles", "diversity"),
+        ("stages.evaluate.metrics.clip_score", "ClipScorer.scores"),
+        ("stages.evaluate.views", "features_of"),
+        ("stages.evaluate.samples", "Sampler.batch"),
+    ):
+        counted(place, name)
+    students = {"one": chain.unet(1), "two": chain.unet(2)}
+    config = CONFIG.model_copy(update={"timing": None})
+    more = scored(chain, config, tmp_path, "one more", **students)
+    once = {"paired": 1, "diversity": 1, "ClipScorer.scores": 1}
+    assert Counter(looked) == once | {"features_of": 2, "Sampler.batch": 2}, "whole pictures and their middles; two batches"
+    assert evaluated[0].content.scores.items() <= more.content.scores.items()
+    assert evaluated[0].content.intervals.items() <= more.content.intervals.items()
+    looked.clear()
+    scored(chain, config.model_copy(update={"clip_prefix": "A photo depicts "}), tmp_path, "prefixed", **students)
+    assert Counter(looked) == {"ClipScorer.scores": 4}, "every row, and nothing else"
 
 
 def test_patch_fid_is_the_fid_of_the_middles(evaluated: tuple[Any, Path]) -> None:
