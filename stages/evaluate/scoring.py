@@ -11,6 +11,7 @@ from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig
 from stages.evaluate.metrics.bootstrap import Array, Estimate, Resampling, draws, interval
 from stages.evaluate.metrics.catalogue import GROUPS, REFERENCES, View
+from stages.evaluate.metrics.frechet import frechet
 from stages.evaluate.metrics.sets import FeatureSet
 from stages.training.randomness import derive_seed
 
@@ -60,6 +61,10 @@ class Scoring:
                     for metric, estimate in estimates.items():
                         found[f"{metric}_{reference}"] = self._score(estimate, self.resampling[reference])
         return found | {name: self._score(Estimate.of_mean(values), None) for name, values in of_pictures.items()}
+
+    def between(self, own: FeatureSet, reference: FeatureSet) -> Score:
+        """FID of two sets of pictures of the table's prompts, picture by picture."""
+        return self._score(frechet(own, reference), self.own)
 
     def _score(self, estimate: Estimate, reference: Resampling | None) -> Score:
         return Score.of(estimate.value, draws(estimate, self.own, reference), self.config.confidence)

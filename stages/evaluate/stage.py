@@ -18,7 +18,6 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.also import Also, open_also, preflight_also
 from stages.evaluate.curves import Curve, read_curves
 from stages.evaluate.features import extractor_spec
-from stages.evaluate.fid import frechet_distance
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.past import samples_folder
@@ -29,7 +28,7 @@ from stages.evaluate.report import GridPictures, render_report
 from stages.evaluate.row_sets import RowSets
 from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Sampler, first_pictures, scheduler_of
-from stages.evaluate.scoring import DECIMALS, Score, Scoring, check_scoring
+from stages.evaluate.scoring import Score, Scoring, check_scoring
 from stages.evaluate.singles import Singles, check_singles
 from stages.evaluate.summary import Measured, Sources, summarise
 from stages.evaluate.timing import Timing, time_row
@@ -94,9 +93,9 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             if config.timing is not None:
                 timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
 
-        elsewhere: dict[str, float] = {}
+        elsewhere: dict[str, Score] = {}
         for transfer in transfers:
-            elsewhere |= _elsewhere(transfer, sets, (sampler, other_noise), inputs, workspace)
+            elsewhere |= _elsewhere(transfer, sets, scoring, (sampler, other_noise), inputs)
         measured = Measured(
             identity=workspace.identity,
             config=config,
@@ -112,29 +111,26 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         )
         grids = _draw_grids(folder, measured, transfers)
         _write_report(folder, measured, inputs, grids, workspace)
-        values = {name: {metric: score.value for metric, score in found.items()} for name, found in scores.items()}
-        values |= {name: {"fid_teacher": value} for name, value in elsewhere.items()}
-        intervals = {name: {metric: (score.low, score.high) for metric, score in found.items()} for name, found in scores.items()}
+        found = scores | {name: {"fid_teacher": score} for name, score in elsewhere.items()}
+        values = {name: {metric: score.value for metric, score in of_row.items()} for name, of_row in found.items()}
+        intervals = {name: {metric: (score.low, score.high) for metric, score in of_row.items()} for name, of_row in found.items()}
         return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct, rows=sets.keys))
 
 
-def _elsewhere(
-    transfer: Transfer, sets: RowSets, samplers: tuple[Sampler, Sampler], inputs: Inputs, workspace: Workspace
-) -> dict[str, float]:
+def _elsewhere(transfer: Transfer, sets: RowSets, scoring: Scoring, samplers: tuple[Sampler, Sampler], inputs: Inputs) -> dict[str, Score]:
     """FID to the changed teacher's own samples by row name; prompts and noise are those of the table's samplers, of its rows and its reference."""
+    workspace = sets.workspace
     pipeline = transfer.load(workspace.device)
     encoded = transfer.pictures(pipeline, samplers[0], inputs, workspace)
     of_rows, of_reference = (sampler.on(pipeline, transfer.config.size_px, encoded) for sampler in samplers)
     weights = transfer.made_of(inputs, workspace)
-    own = sets.of_row(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, weights, ("whole",))[
-        "whole"
-    ].statistics
+    reference = sets.of_row(replace(transfer.rows[0], model="reference"), of_reference, pipeline.denoiser, weights, ("whole",))
     found = {}
     for row in transfer.rows:
         made_of = None if weights is None else {**weights, **_student(row, inputs)}
-        load = _loader(row, pipeline, {}, inputs, workspace)
-        found[row.name] = sets.of_row(row, of_rows, load, made_of, ("whole",))["whole"].statistics
-    return {name: round(frechet_distance(statistics, own), DECIMALS) for name, statistics in found.items()}
+        own = sets.of_row(row, of_rows, _loader(row, pipeline, {}, inputs, workspace), made_of, ("whole",))
+        found[row.name] = scoring.between(own["whole"], reference["whole"])
+    return found
 
 
 def _prompts(config: EvaluateConfig, inputs: Inputs, workspace: Workspace, seed: int) -> PromptSet:

@@ -20,6 +20,7 @@ from stages.evaluate.encoded_pictures import EncodedPictures, choose_pictures
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.rows import Finetuned, Row
 from stages.evaluate.samples import Sampler, scheduler_of
+from stages.evaluate.scoring import Score
 from stages.latents import LatentSet
 from stages.workspace import Workspace
 
@@ -198,16 +199,19 @@ def _rows(entry: TransferConfig, rows: Sequence[Row], students: Mapping[str, Stu
     return tuple(replace(row, on=entry.name) for row in (reference, *alone, *accelerated))
 
 
-def summarise_transfers(transfers: Sequence[Transfer], scores: Mapping[str, float]) -> list[dict[str, object]]:
+def summarise_transfers(transfers: Sequence[Transfer], scores: Mapping[str, Score]) -> list[dict[str, object]]:
     """What the report says of them: names, never places."""
+
+    def summarised(row: Row) -> dict[str, object]:
+        score = scores[row.name]
+        named = {"name": row.name, "model": row.model, "family": row.family, "steps": row.steps}
+        return named | {"fid_teacher": score.value, "interval": [score.low, score.high]}
+
     return [
         {
             "name": transfer.config.name,
             "changed": transfer.config.describe(),
-            "rows": [
-                {"name": row.name, "model": row.model, "family": row.family, "steps": row.steps, "fid_teacher": scores[row.name]}
-                for row in transfer.rows
-            ],
+            "rows": [summarised(row) for row in transfer.rows],
         }
         for transfer in transfers
     ]

@@ -79,6 +79,9 @@ def test_every_entry_has_its_teacher_and_its_loras(elsewhere: Elsewhere, evaluat
         rows = {f"teacher@8+{name}", f"teacher@4+{name}", f"teacher@2+{name}", f"lcm@4+{name}", f"lcm@2+{name}"}
         assert {row for row in scores if row.endswith(f"+{name}")} == rows
         assert all(set(scores[row]) == {"fid_teacher"} and scores[row]["fid_teacher"] > 0 for row in rows)
+        for row in rows:
+            low, high = evaluated.content.intervals[row]["fid_teacher"]
+            assert low < scores[row]["fid_teacher"] < high, row
     assert scores["lcm@4+other"] != scores["lcm@4+ink"]
     folder = elsewhere.chain.store.fetch(evaluated)
     report = json.loads((folder / "report.json").read_text())
@@ -87,6 +90,8 @@ def test_every_entry_has_its_teacher_and_its_loras(elsewhere: Elsewhere, evaluat
         "another base with a style at 0.7",
         "the teacher at 16 x 24 px",
     ]
+    told = {row["name"]: (row["fid_teacher"], tuple(row["interval"])) for entry in report["transfers"] for row in entry["rows"]}
+    assert told["lcm@4+ink"] == (scores["lcm@4+ink"]["fid_teacher"], evaluated.content.intervals["lcm@4+ink"]["fid_teacher"])
     assert len(report["rows"]) == 4, "the table is of the student's own teacher"
     page = (folder / "report.html").read_text()
     assert "Elsewhere, without training" in page and page.count('<table class="grid">') == 1 + 3
