@@ -1,10 +1,11 @@
 """The command that puts evaluated runs side by side: `compare`."""
 
 import json
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -15,6 +16,7 @@ from infra.store import ArtifactStore
 from schemas.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
+    from schemas.manifest import Evaluation, Manifest
     from stages.compare import Comparison, Evaluated
 
 
@@ -31,6 +33,12 @@ def compare(
         ),
     ],
     *,
+    paired: Annotated[
+        bool,
+        typer.Option(
+            "--paired", help="Intervals of the differences, of runs that share prompts and noise: from their features, in minutes."
+        ),
+    ] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON instead of tables.")] = False,
     store: Store = None,
@@ -42,7 +50,14 @@ def compare(
         raise BadInput(f"--html {html}: the folder {html.parent} does not exist")
     from stages.compare import compare as compared
 
-    comparison = compared(_evaluated(runs, store))
+    opened = cache(partial(_opened, store))
+    found = _evaluated(runs, opened)
+    together = []
+    if paired:
+        from stages.compare.paired import paired_intervals
+
+        together = [paired_intervals(found[0], other, opened()) for other in found[1:]]
+    comparison = compared(found, together)
     if html is not None:
         from stages.compare.page import render_comparison
 
@@ -58,32 +73,37 @@ def compare(
         output.print(f"page: {html}")
 
 
-def _evaluated(references: Sequence[str], address: str | None) -> "list[Evaluated]":
+def _opened(address: str | None) -> ArtifactStore:
+    from flows.preparation import open_store
+
+    return open_store(address)
+
+
+def _evaluated(references: Sequence[str], opened: Callable[[], ArtifactStore]) -> "list[Evaluated]":
     """The reports; the store is opened for those that are no paths."""
-    from flows.preparation import find_artifact, open_store
+    from flows.preparation import find_artifact
     from stages.compare import read_report
     from stages.compare.comparison import REPORT
-
-    opened = cache(lambda: open_store(address))
 
     def read(reference: str) -> "Evaluated":
         path = Path(reference.removeprefix("file://")).expanduser()
         if path.exists():
             return read_report(path, reference)
-        store: ArtifactStore = opened()
+        store = opened()
         try:
             manifest = find_artifact(store, "evaluate", reference)
         except BadInput as error:
             raise BadInput(f"{reference}: no such file here; {error}") from error
         if manifest.kind != "evaluation":
             raise BadInput(f"{reference}: is an artifact of the kind {manifest.kind}; expected an evaluation")
-        return read_report(store.fetch(manifest, [REPORT]), reference[:12] if reference == manifest.identity else reference)
+        label = reference[:12] if reference == manifest.identity else reference
+        return replace(read_report(store.fetch(manifest, [REPORT]), label), manifest=cast("Manifest[Evaluation]", manifest))
 
     return [read(reference) for reference in references]
 
 
 def _print(comparison: "Comparison") -> None:
-    from stages.compare.page import OVERLAP_TEXT, difference_text, range_text, value_text
+    from stages.compare.page import apart_text, difference_text, range_text, value_text
 
     labels = [run.label for run in comparison.runs]
     for metric, title in comparison.titles.items():
@@ -91,8 +111,7 @@ def _print(comparison: "Comparison") -> None:
         for line in comparison.of_metric(metric):
             cells = [f"{value_text(found)} ({range_text(found)})" if range_text(found) else value_text(found) for found in line.figures]
             differences = [
-                " ".join(filter(None, (difference_text(line, number), OVERLAP_TEXT[line.overlap(number)])))
-                for number in range(1, len(labels))
+                " ".join(filter(None, (difference_text(line, number), apart_text(line, number)))) for number in range(1, len(labels))
             ]
             table.add_row(line.family, str(line.steps), *cells, *differences)
         if table.row_count:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from schemas.errors import BadInput
+from schemas.manifest import Evaluation, Manifest
 
 REPORT: Final = "report.json"
 
 RowKey = tuple[str, int]
 """Family, or family and entry of `evaluate.transfer`; step count."""
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Evaluated:
     label: str
     """As a person named it."""
     report: Mapping[str, Any]
+    manifest: Manifest[Evaluation] | None = None
+    """Of the artifact; None for a report that is a file."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Line:
     metric: str
     figures: tuple[Figure | None, ...]
     """In the order of the runs; None where a run has no such row or metric."""
+    paired: tuple[Interval | None, ...] = ()
+    """Of the runs after the first, where they were asked for: the interval of the difference, of resamples that both runs share."""
 
     def difference(self, number: int) -> float | None:
         """Of a run's value from the first run's."""
@@ -58,6 +66,10 @@ class Line:
         """Whether a run's interval and the first run's have a point in common; None where one is not there."""
         first, other = self.figures[0], self.figures[number]
         return None if first is None or other is None else first.overlaps(other)
+
+    def paired_interval(self, number: int) -> Interval | None:
+        """Of a run's difference from the first, where it is known."""
+        return self.paired[number - 1] if self.paired else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,7 @@ class Comparison:
                     "values": [None if found is None else found.value for found in line.figures],
                     "intervals": [None if found is None or found.low is None else [found.low, found.high] for found in line.figures],
                     "differences": [line.difference(number) for number in others],
+                    "difference_intervals": [line.paired_interval(number) for number in others],
                     "intervals_overlap": [line.overlap(number) for number in others],
                 }
                 for line in self.lines
@@ -112,8 +125,9 @@ def read_report(path: Path, label: str) -> Evaluated:
     return Evaluated(label, report)
 
 
-def compare(runs: Sequence[Evaluated]) -> Comparison:
-    """Put evaluated runs beside each other: rows of the same family and step count, the first run's first. Raises `BadInput` for fewer than two."""
+def compare(runs: Sequence[Evaluated], paired: Sequence[Mapping[tuple[RowKey, str], Interval]] = ()) -> Comparison:
+    """Put evaluated runs beside each other: rows of the same family and step count, the first run's first. `paired` has intervals of differences by
+    row and metric, for each run after the first. Raises `BadInput` for fewer than two."""
     if len(runs) < 2:
         raise BadInput(f"compare: {len(runs)} evaluated run; expected at least two")
     titles: dict[str, str] = {}
@@ -123,7 +137,7 @@ def compare(runs: Sequence[Evaluated]) -> Comparison:
         titles |= {metric: title for metric, title in run.report["metrics"].items() if metric not in titles}
         rows |= {row: None for row, _ in table if row not in rows}
     lines = [
-        Line(*row, metric, figures)
+        Line(*row, metric, figures, tuple(found.get((row, metric)) for found in paired))
         for metric in titles
         for row in rows
         if any(figures := tuple(table.get((row, metric)) for table in tables))

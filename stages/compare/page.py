@@ -30,14 +30,29 @@ def range_text(found: Figure | None) -> str:
 def difference_text(line: Line, number: int) -> str:
     """A run's difference from the first, with its sign; empty where one has no such row."""
     difference = line.difference(number)
-    if difference is None:
-        return ""
-    text = figure(abs(difference))
-    return ("±" if float(text) == 0 else "+" if difference > 0 else "−") + text
+    return "" if difference is None else _signed(difference)
 
 
-OVERLAP_TEXT = {True: "overlap", False: "apart", None: ""}
-"""What is said of two intervals."""
+def apart(line: Line, number: int) -> bool | None:
+    """Whether a run's row is told apart from the first's: by the interval of the difference where there is one, else by the intervals of the two."""
+    paired = line.paired_interval(number)
+    if paired is not None:
+        return not paired[0] <= 0 <= paired[1]
+    overlap = line.overlap(number)
+    return None if overlap is None else not overlap
+
+
+def apart_text(line: Line, number: int) -> str:
+    """The same in words, with the interval of the difference."""
+    paired, found = line.paired_interval(number), apart(line, number)
+    if paired is not None:
+        return f"{_signed(paired[0])} to {_signed(paired[1])}{', apart' if found else ''}"
+    return {True: "apart", False: "overlap", None: ""}[found]
+
+
+def _signed(value: float) -> str:
+    text = figure(abs(value))
+    return ("±" if float(text) == 0 else "+" if value > 0 else "−") + text
 
 
 def _line(line: Line, runs: int) -> dict[str, Any]:
@@ -46,6 +61,7 @@ def _line(line: Line, runs: int) -> dict[str, Any]:
         "steps": line.steps,
         "cells": [{"text": value_text(found), "range": range_text(found)} for found in line.figures],
         "differences": [
-            {"text": difference_text(line, number), "overlap": OVERLAP_TEXT[line.overlap(number)]} for number in range(1, runs)
+            {"text": difference_text(line, number), "apart": bool(apart(line, number)), "words": apart_text(line, number)}
+            for number in range(1, runs)
         ],
     }

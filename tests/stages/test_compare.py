@@ -153,7 +153,7 @@ def test_the_command_takes_artifacts_recipes_and_files(
             ]
         )
     )
-    assert "intervals apart" in html and not re.search(r"https?://|<script|<link|<img", html)
+    assert "<small>apart</small>" in html and not re.search(r"https?://|<script|<link|<img", html)
     code, text, _ = distill(first.identity, "latest:nightly", "--json")
     found = json.loads(text)["lines"][1]
     assert (found["differences"], found["intervals_overlap"], found["values"]) == ([-2.0], [False], [5.0, 3.0])
