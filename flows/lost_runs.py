@@ -12,6 +12,8 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
+from flows.automations import put_automation
+
 HEARTBEAT_SECONDS: Final = 30
 """Prefect's smallest."""
 SILENT_SECONDS: Final = 120
@@ -39,8 +41,4 @@ def watch_for_lost_runs(client: SyncPrefectClient) -> None:
         ),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {SILENT_SECONDS} s: its worker is lost")],
     )
-    known = client.read_automations_by_name(NAME)
-    if known:
-        client.update_automation(known[0].id, automation)
-    else:
-        client.create_automation(automation)
+    put_automation(client, automation)

@@ -10,6 +10,7 @@ import typer
 
 from flows.cli.console import output
 from schemas.errors import BadInput
+from schemas.loading import load_recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +34,15 @@ def deploy(
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A work pool; may be repeated. Default: cpu=process and gpu=process:cuda."),
     ] = None,
     limit: Annotated[list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, over all its workers.")] = None,
+    schedule: Annotated[
+        list[Path] | None, typer.Option(metavar="RECIPE", help="Run the chain of this recipe by its section schedule; may be repeated.")
+    ] = None,
+    nightly_smoke: Annotated[
+        bool, typer.Option("--nightly-smoke", help="Run the smoke flow at 3:00 UTC. Else its schedule is off.")
+    ] = False,
+    notify: Annotated[
+        str | None, typer.Option(metavar="URL", help="Post a message there for every failure and every alarm of a training.")
+    ] = None,
 ) -> None:
     """Make work pools, and a deployment of the chain and of every single stage on them, on the Prefect server of PREFECT_API_URL."""
     _require_server()
@@ -41,7 +51,8 @@ def deploy(
     from flows.pools import DEFAULT_POOLS, Pool
 
     pools = [Pool.parse(text) for text in pool or DEFAULT_POOLS]
-    for name in make(pools, parse_limits(limit or [])):
+    recipes = [load_recipe(path) for path in schedule or ()]
+    for name in make(pools, parse_limits(limit or []), scheduled=recipes, nightly=nightly_smoke, notified=notify):
         output.print(name)
 
 
