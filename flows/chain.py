@@ -60,10 +60,11 @@ def _chain(
     device: str | None = None,
     *,
     pass_gates: tuple[str, ...] = (),
+    until: str | None = None,
 ) -> dict[str, str]:
     recipe = as_recipe(recipe)
     check_passes(pass_gates, recipe.gates)
-    prepared = prepare(recipe, store, device, progress=stage_progress, elsewhere=sections_elsewhere(recipe))
+    prepared = prepare(recipe, store, device, progress=stage_progress, until=until, elsewhere=sections_elsewhere(recipe))
     return {name: manifest.identity for name, manifest in run_chain(prepared, pass_gates).items()}
 
 
@@ -74,6 +75,7 @@ _chain.__doc__ = described(
     store=STORE,
     device=DEVICE,
     pass_gates="Names of the recipe's gates to go past although they are not met. Empty: the chain stops at each that is not.",
+    until="Stage run to end with, such as encode: it and what it needs are run. Empty: the whole chain.",
 )
 distill_chain = make_flow(_chain, "distill-chain", recipe_run_name)
 

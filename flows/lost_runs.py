@@ -15,6 +15,8 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
+from flows.automations import put_automation
+
 HEARTBEAT_SECONDS: Final = 30
 """Prefect's smallest."""
 SILENT_SECONDS: Final = 120
@@ -34,11 +36,7 @@ _AGAIN: Final = (StateType.SCHEDULED, "AwaitingRetry")
 def watch_for_lost_runs(client: SyncPrefectClient, silent_seconds: int = SILENT_SECONDS) -> None:
     """Make the automations, or bring them up to date. `silent_seconds` is at least `LEAST_SILENT_SECONDS`."""
     for automation in automations(silent_seconds):
-        known = client.read_automations_by_name(automation.name)
-        if known:
-            client.update_automation(known[0].id, automation)
-        else:
-            client.create_automation(automation)
+        put_automation(client, automation)
 
 
 def automations(silent: int) -> Iterator[AutomationCore]:

@@ -51,12 +51,13 @@ def prepare(
     *,
     progress: ProgressOf | None = None,
     only: str | None = None,
+    until: str | None = None,
     inputs: Mapping[str, str] | None = None,
     elsewhere: Collection[str] = (),
 ) -> Prepared:
     """Plan the recipe, open the store, and check everything that can be checked before work begins. Raises `BadInput`.
 
-    `only` names the one stage that is meant to run, `inputs` are artifacts to read (references, or
+    `only` names the one stage that is meant to run, `until` the last of those that are; `inputs` are artifacts to read (references, or
     `latest:recipe` for the newest that the same run of another recipe made), by the name of the run whose place they take.
     Stages of the sections `elsewhere` will run on other machines, whose devices and packages are theirs to check.
     """
@@ -70,7 +71,8 @@ def prepare(
     for name, reference in (inputs or {}).items():
         upstream = _upstream(nodes, target, name)
         given[upstream] = find_artifact(found, upstream, reference).identity
-    plan = make_plan(recipe, remembered_digest, given, target)
+    last = target if until is None else find_node(nodes, until)
+    plan = make_plan(recipe, remembered_digest, given, last)
     settings = Settings.load()
     surroundings = Surroundings(
         store=found,

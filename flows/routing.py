@@ -64,14 +64,18 @@ def check_pools(plan: Plan, nodes: Sequence[Node], elsewhere: Collection[str]) -
                 )
         if not wrong:
             _tell_of_missing_workers(client, {pools[node.section] for node in sent})
-    wrong += [
-        f"{node.section}.{name}: found {address!r}; the stage runs on the pool {pools[node.section]}: expected an absolute path, or an address"
-        for node in sent
+    wrong += [mistake for node in sent for mistake in relative_places(node, pools[node.section])]
+    if wrong:
+        raise BadInput("\n".join(dict.fromkeys(wrong)))
+
+
+def relative_places(node: Node, pool: str) -> list[str]:
+    """Say of each path of a stage that is another place on another machine what was expected of it."""
+    return [
+        f"{node.section}.{name}: found {address!r}; the stage runs on the pool {pool}: expected an absolute path, or an address"
         for name, address in _places(node).items()
         if "://" not in address and not Path(address).is_absolute() and HubModel.parse(address) is None
     ]
-    if wrong:
-        raise BadInput("\n".join(dict.fromkeys(wrong)))
 
 
 def _places(node: Node) -> dict[str, str]:

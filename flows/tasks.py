@@ -16,6 +16,7 @@ from prefect.exceptions import PrefectException
 from prefect.filesystems import WritableFileSystem
 from pydantic import ValidationError
 
+from flows.notifications import alarms_are_events
 from flows.patience import may_pass, tried_by_task
 from flows.progress import PrefectProgress
 from flows.routing import run_on_pool
@@ -43,8 +44,8 @@ def title(node: Node) -> str:
 
 @contextmanager
 def stage_progress(node: Node) -> Iterator[Progress]:
-    """Progress on the terminal and on the task run's page."""
-    with local_progress(title(node)) as local:
+    """Progress on the terminal and on the task run's page; alarms of a training as events."""
+    with alarms_are_events(), local_progress(title(node)) as local:
         yield PrefectProgress(title(node), local)
 
 

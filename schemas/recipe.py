@@ -15,6 +15,7 @@ from schemas.gates import Gate, GateName
 from schemas.lcm import LcmConfig
 from schemas.lightning import LightningConfig
 from schemas.pairs import PairsConfig
+from schemas.schedule import Schedule
 from schemas.teacher import TeacherConfig, TrainTeacherConfig
 from schemas.training import TrainingConfig
 
@@ -52,6 +53,8 @@ class Recipe(Model):
     gates: Annotated[dict[GateName, Gate], NotIdentity] = {}
     """Bounds that artifacts must keep for the chain to go on, by name, such as {fid: {after: evaluate, metric: fid_teacher, student: lcm, steps: 4,
     at_most: 60}}."""
+    schedule: Annotated[Schedule | None, NotIdentity] = None
+    """When the chain is run by itself, once `distill deploy --schedule` has told the server."""
 
 
 def _one_teacher(recipe: Recipe) -> Iterator[Mistake]:
@@ -199,7 +202,7 @@ def _transfers_are_made(recipe: Recipe) -> Iterator[Mistake]:
                 yield ("evaluate", "transfer", number, field), run, f"{expected}, or a path, such as ./{run}"
 
 
-_NO_STAGE = ("name", "seed", "pools", "gates")
+_NO_STAGE = ("name", "seed", "pools", "gates", "schedule")
 """Fields that are no stage's section."""
 
 

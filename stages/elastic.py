@@ -4,6 +4,7 @@ Every process calls the stage's own function; `Workspace.parallel` tells it whic
 agent starts all of them again, which go on from the newest checkpoint.
 """
 
+import contextvars
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from schemas.training import TrainingConfig
 from stages.parallel import belong_to_parent
 from stages.ranks import Parallel
 from stages.registry import stage
+from stages.worker_logs import WorkerLog, WorkerLogs
 from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -69,7 +72,9 @@ def run_together(task: Task, processes: int) -> Manifest[Any]:
     progress, quiet = task.workspace.progress, replace(task.workspace, progress=NullProgress())
     told = quiet.scratch / "progress.json"
     ended = threading.Event()
-    listener = threading.Thread(target=_forward, args=(told, progress, ended), daemon=True, name="progress-of-rank-0")
+    # in this thread's context, which says whose run is told of
+    listen = partial(contextvars.copy_context().run, _forward, told, progress, WorkerLogs(quiet.scratch), ended)
+    listener = threading.Thread(target=listen, daemon=True, name="what-processes-tell")
     listener.start()
     launch = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=quiet.identity[:16], rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
@@ -92,8 +97,8 @@ def run_together(task: Task, processes: int) -> Manifest[Any]:
     return Manifest.model_validate_json(result)
 
 
-def _forward(told: Path, progress: Progress, ended: threading.Event) -> None:
-    """Report what the first process has last written: a file, because a queue's lock would stay locked when its writer is killed."""
+def _forward(told: Path, progress: Progress, logs: WorkerLogs, ended: threading.Event) -> None:
+    """Report the progress that the first process has last written, and what all have logged."""
     last = ""
     while True:
         over = ended.wait(_POLL_SECONDS)
@@ -101,6 +106,7 @@ def _forward(told: Path, progress: Progress, ended: threading.Event) -> None:
         if text != last:
             progress.update(*json.loads(text))
             last = text
+        logs.tell()
         if over:
             return
 
@@ -131,8 +137,8 @@ def _meeting_place(parallel: Parallel) -> PrefixStore:
 def _work(task: Task, told: Path) -> str | DistillError:
     """The life of one process. An error that would come again is a result, so that the agent does not start everything anew for it."""
     belong_to_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     parallel = Parallel(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    logging.basicConfig(level=logging.INFO, handlers=[WorkerLog(task.workspace.scratch, parallel.rank)], force=True)
     if not parallel.leads:
         logging.disable(logging.INFO)
     device = task.workspace.device

@@ -11,6 +11,7 @@ import typer
 from flows.cli.console import output
 from flows.cli.options import LostAfter
 from schemas.errors import BadInput
+from schemas.loading import load_recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +36,15 @@ def deploy(
     ] = None,
     limit: Annotated[list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, over all its workers.")] = None,
     lost_after: LostAfter = 120,
+    schedule: Annotated[
+        list[Path] | None, typer.Option(metavar="RECIPE", help="Run the chain of this recipe by its section schedule; may be repeated.")
+    ] = None,
+    nightly_smoke: Annotated[
+        bool, typer.Option("--nightly-smoke", help="Run the smoke flow at 3:00 UTC. Else its schedule is off.")
+    ] = False,
+    notify: Annotated[
+        str | None, typer.Option(metavar="URL", help="Post a message there for every failure and every alarm of a training.")
+    ] = None,
 ) -> None:
     """Make work pools, and a deployment of the chain and of every single stage on them, on the Prefect server of PREFECT_API_URL."""
     _require_server()
@@ -43,7 +53,8 @@ def deploy(
     from flows.pools import DEFAULT_POOLS, Pool
 
     pools = [Pool.parse(text) for text in pool or DEFAULT_POOLS]
-    for name in make(pools, parse_limits(limit or []), lost_after):
+    recipes = [load_recipe(path) for path in schedule or ()]
+    for name in make(pools, parse_limits(limit or []), lost_after, scheduled=recipes, nightly=nightly_smoke, notified=notify):
         output.print(name)
 
 

@@ -76,6 +76,7 @@ class Anchors:
         logger.warning(
             "%s: back to step %d, learning rates times %g (roll-back %d of %d)",
             self._sentence(alarm), step, self.alarms.rate_factor ** (done + 1), done + 1, most,
+            extra={"alarm": alarm.name} if self.workspace.parallel.leads else None,
         )  # fmt: skip
         return step
 

@@ -166,6 +166,15 @@ def pages_of(state: Any) -> dict[str, str]:
         return {str(item.key): str(item.data) for item in client.read_artifacts(artifact_filter=filter_) if item.type == "markdown"}
 
 
+def test_a_chain_can_end_with_an_earlier_stage(chain: ToyChain) -> None:
+    from flows.chain import distill_chain
+
+    assert set(distill_chain(chain.recipe(), chain.address, until="select")) == {"ingest", "measure", "select"}
+    assert chain.runs() == ["ingest", "measure", "select"]
+    with pytest.raises(BadInput, match="stage 'moon': is not in this recipe"):
+        distill_chain(chain.recipe(), chain.address, until="moon")
+
+
 def test_bad_input_is_refused_before_any_stage_runs(chain: ToyChain) -> None:
     (chain.folder / "table.csv").write_text("address\nhttp://a/1.png")
     with pytest.raises(BadInput, match="has no column url"):

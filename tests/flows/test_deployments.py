@@ -32,6 +32,103 @@ def test_prefect_yaml_says_what_deploy_does(both: list[Any]) -> None:
         assert load_flow_from_entrypoint(str(entrypoint)).name == name
 
 
+def test_the_nightly_smoke_is_the_same_in_both_and_off_until_it_is_asked_for(both: list[Any]) -> None:
+    from flows.deployments import deployments
+
+    (declared,) = [item for item in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"] if item.get("schedules")]
+    (made,) = [item for item in both if item.schedules]
+    assert made.flow_name == "distill-smoke" and declared["entrypoint"].endswith("distill_smoke")
+    ((wanted,), (found,)) = (declared["schedules"], made.schedules)
+    assert (found.schedule.cron, found.schedule.timezone, found.active) == (wanted["cron"], wanted["timezone"], wanted["active"])
+    assert not found.active
+    assert (made.concurrency_limit, made.concurrency_options.collision_strategy) == tuple(declared["concurrency_limit"].values())
+    asked = next(item for item in deployments(["cpu"], nightly=True) if item.schedules)
+    assert asked.schedules[0].active
+
+
+def scheduled(**schedule: Any) -> Any:
+    from schemas.loading import parse_recipe
+
+    sections = {"name": "refresh", "ingest": {"table": "s3://bucket/urls.parquet"}, "teacher": {"source": "/models/teacher"}}
+    return parse_recipe(sections | {"schedule": schedule})
+
+
+def test_a_recipe_with_a_schedule_is_a_deployment_of_its_own() -> None:
+    from datetime import timedelta
+
+    from flows.deployments import scheduled_chain
+
+    made = scheduled_chain(scheduled(cron="0 2 * * *", timezone="Europe/Berlin", until="encode"), ["gpu", "cpu"])
+    assert (made.full_name, made.work_pool_name) == ("distill-chain/refresh", "cpu")
+    assert (made.schedules[0].schedule.cron, made.schedules[0].schedule.timezone) == ("0 2 * * *", "Europe/Berlin")
+    assert made.schedules[0].active
+    assert (made.concurrency_limit, str(made.concurrency_options.collision_strategy.value)) == (1, "CANCEL_NEW")
+    assert made.parameters["until"] == "encode" and made.parameters["recipe"]["name"] == "refresh"
+    waiting = scheduled_chain(scheduled(every_hours=6, overlap="wait"), ["cpu"])
+    assert waiting.schedules[0].schedule.interval == timedelta(hours=6)
+    assert str(waiting.concurrency_options.collision_strategy.value) == "ENQUEUE"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schedule": None}, "--schedule: the recipe refresh has none; expected a section"),
+        ({"name": "cpu"}, "--schedule: the recipe's name cpu is that of a pool"),
+        (
+            {"ingest": {"table": "urls.parquet"}},
+            r"ingest\.table: found 'urls.parquet'; the stage runs on the pool cpu: expected an absolute path",
+        ),
+        ({"schedule": {"every_hours": 6, "until": "moon"}}, "stage 'moon': is not in this recipe"),
+        ({"gates": {"g": {"after": "moon", "metric": "images", "at_most": 1}}}, r"gates\.g\.after: found 'moon'"),
+    ],
+)
+def test_a_recipe_that_cannot_run_by_itself_is_refused(change: dict[str, Any], expected: str) -> None:
+    from flows.deployments import scheduled_chain
+    from schemas.loading import parse_recipe
+
+    recipe = parse_recipe(scheduled(every_hours=6).model_dump(mode="json") | change)
+    with pytest.raises(BadInput, match=expected):
+        scheduled_chain(recipe, ["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({}, r"schedule\.cron: found None; expected exactly one of cron and every_hours"),
+        ({"cron": "0 2 * * *", "every_hours": 1}, r"schedule\.cron: found '0 2 \* \* \*'; expected exactly one"),
+        ({"cron": "nightly"}, r"schedule\.cron: found 'nightly'; expected five fields"),
+        ({"cron": "0 2 * * *", "timezone": "Mars/Olympus"}, r"schedule\.timezone: found 'Mars/Olympus'; expected an IANA name"),
+        ({"every_hours": 0}, r"schedule\.every_hours: found 0; expected"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_its_place(schedule: dict[str, Any], expected: str) -> None:
+    with pytest.raises(BadInput, match=expected):
+        scheduled(**schedule)
+
+
+@pytest.mark.parametrize("url", ["", "hooks.example", "ftp://host/x", "https://"])
+def test_a_wrong_address_to_notify_is_refused(url: str) -> None:
+    from flows.notifications import check_address
+
+    with pytest.raises(BadInput, match="expected the address of a webhook"):
+        check_address(url)
+
+
+def test_a_lost_worker_may_pass_and_a_failed_run_does_not() -> None:
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.states import Cancelled, Completed, Crashed, Failed
+
+    from flows.routing import _failure
+    from schemas.data import SelectConfig
+    from schemas.errors import RunFailed, Transient
+    from stages.plan import Node
+
+    node, run = Node("select", "select", SelectConfig(), 0), FlowRun(flow_id=uuid4())
+    assert type(_failure(node, run, Crashed(message="its worker is lost"))) is Transient
+    for state in (Failed(message="NaN"), Cancelled(), Completed()):
+        assert type(_failure(node, run, state)) is RunFailed
+
+
 def test_deployments_carry_form_description_and_revision(both: list[Any]) -> None:
     from infra.provenance import source_revision
 

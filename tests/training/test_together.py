@@ -1,5 +1,6 @@
 """Several processes train one student: torch's elastic agent on gloo."""
 
+import logging
 import os
 import signal
 from dataclasses import replace
@@ -24,7 +25,7 @@ Place = tuple[Path, Manifest[Teacher], Manifest[Latents]]
 
 
 def settings(**more: object) -> LinkConfig:
-    known: dict[str, object] = {"teacher_steps": 8, "steps": 4, "training_steps": 6, "batch_size": 8, "checkpoint_every": 3}
+    known: dict[str, object] = {"teacher_steps": 8, "steps": 4, "training_steps": 6, "batch_size": 8, "checkpoint_every": 3, "log_every": 3}
     known |= {"optimizer": {"learning_rate": 1e-3}, "adversarial": {"optimizer": {"learning_rate": 1e-3, "betas": (0, 0.99)}}}
     return LinkConfig.model_validate(known | more)
 
@@ -48,11 +49,16 @@ def figures(place: Place, manifest: Manifest[Any]) -> list[dict[str, float]]:
     return list(read_metrics(artifacts.open_store(place[0]).fetch(manifest) / "metrics.parquet"))
 
 
-def test_two_processes_train_as_one(place: Place) -> None:
+def test_two_processes_train_as_one(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "stages")
     config = settings()
     alone = task(place, config, "alone")
     one = figures(place, lightning.run(config, alone.inputs, alone.workspace))
+    caplog.clear()
     two = figures(place, run_together(task(place, config, "two"), 2))
+    told = [record.getMessage() for record in caplog.records if record.name == "stages.training.loop"]
+    assert any(line.startswith("rank 0: step 6/6") for line in told), "what a process logs is told by the one that started it"
+    assert not any(line.startswith("rank 1: step") for line in told), "and once"
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for first, second in zip(one, two, strict=True):
         for name, value in first.items():
