@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.runner import _starter_engine
 from prefect.settings import get_current_settings
 from prefect.utilities.processutils import command_from_string, sanitize_subprocess_env
-from prefect.workers.process import ProcessWorker
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from flows.spare import Spare, Start
 
@@ -38,7 +38,7 @@ with warnings.catch_warnings():
             self._refused: dict[str, Any] | None = None
             self._server_is_gone = False
             # Prefect's starter asks its module for it, and so also for a replacement; were that to change, runs would only begin later.
-            _starter_engine.run_process = self._spare.run_process  # type: ignore[assignment]
+            _starter_engine.run_process = self._spare.run_process  # type: ignore[attr-defined,assignment]
 
         async def get_and_submit_flow_runs(self) -> list[FlowRun]:
             """Take what is scheduled; nothing while the server is gone."""
@@ -81,8 +81,9 @@ with warnings.catch_warnings():
             if template is None or (template == self._template and self._spare.waits) or template == self._refused:
                 return
             self._template = template
+            make: Any = ProcessJobConfiguration.from_template_and_values  # its decorator hides its type
             try:
-                configuration = await self.job_configuration.from_template_and_values(template, {}, client=self.client)
+                configuration: ProcessJobConfiguration = await make(template, {}, client=self.client)
             except ValueError as error:  # one that every run has to complete
                 logger.info("no process is kept ready: %s", error)
                 self._refused = template
