@@ -30,6 +30,7 @@ def serve(limit: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1
 
 
 def deploy(
+    *,
     pool: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A work pool; may be repeated. Default: cpu=process and gpu=process:cuda."),
