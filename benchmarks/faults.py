@@ -142,7 +142,8 @@ def row(number: int, outcome: Outcome) -> str:
     """One trial for people."""
     fault, seconds = outcome.fault, f"{outcome.seconds:.0f} s"
     wrong = "; ".join([*(f"{name} differs" for name in outcome.differing), *outcome.half_written]) or "all as undisturbed"
-    return f"{number:3} {fault.service:11} at {fault.moment:4.2f}, back after {fault.pause:4.1f} s: {outcome.state} in {seconds}, {wrong}"
+    back = "" if fault.kind == "rank" else f", back after {fault.pause:.1f} s"
+    return f"{number:3} {fault.service:11} at {fault.moment:.2f}{back}: {outcome.state} in {seconds}, {wrong}"
 
 
 def main() -> int:
