@@ -1,7 +1,7 @@
 """The report: one HTML file that asks nothing of any server, the same bytes for the same figures."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ def render_report(
         reference=summary["rows"][0],
         students=len({row["model"] for row in summary["rows"]} - {"teacher"}),
         legend=[(family, swatch(slots[family])) for family in families],
-        tables=[_table(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
+        tables=[_table(summary, metric, title, slots) for metric, title in summary["metrics"].items()],
         charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         timings=_timings(summary),
         latencies=[
@@ -79,33 +79,38 @@ def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
-def _table(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:
+def _table(summary: Mapping[str, Any], metric: str, title: str, slots: Mapping[str, int]) -> dict[str, Any]:
     """One metric: a line a family, a column a step count, with intervals; the best of each column is marked."""
-    values = {(row["family"], row["steps"]): row["scores"][metric] for row in summary["rows"]}
-    intervals = {(row["family"], row["steps"]): row["intervals"][metric] for row in summary["rows"]}
-    better = max if METRICS[metric].higher_is_better else min
-    steps = sorted({row["steps"] for row in summary["rows"]}, reverse=True)
-    best = {count: better(rivals) for count in steps if len(rivals := [value for key, value in values.items() if key[1] == count]) > 1}
-    lines = []
-    for family in families:
-        cells = [
-            {"text": figure(values[key]), "range": [figure(end) for end in intervals[key]], "best": values[key] == best.get(key[1])}
-            if (key := (family, count)) in values
-            else {"text": "", "range": [], "best": False}
-            for count in steps
-        ]
-        lines.append({"family": family, "swatch": swatch(slots[family]), "cells": cells})
-    return {"title": title, "steps": steps, "lines": lines}
+    figures = {(row["family"], row["steps"]): (row["scores"][metric], row["intervals"][metric]) for row in summary["rows"]}
+    steps, lines = _lines(figures, better=max if METRICS[metric].higher_is_better else min)
+    return {"title": title, "steps": steps, "lines": [line | {"swatch": swatch(slots[line["family"]])} for line in lines]}
 
 
 def _transfer(entry: Mapping[str, Any]) -> dict[str, Any]:
     """One changed teacher: a line a family, the teacher itself first, a column a step count."""
-    values = {(row["family"], row["steps"]): row["fid_teacher"] for row in entry["rows"]}
-    families = list(dict.fromkeys(family for family, _ in values))
-    steps = sorted({count for _, count in values}, reverse=True)
-    cells = {family: ["" if (value := values.get((family, count))) is None else figure(value) for count in steps] for family in families}
-    lines = [{"family": family, "cells": cells[family]} for family in families]
+    steps, lines = _lines({(row["family"], row["steps"]): (row["fid_teacher"], row["interval"]) for row in entry["rows"]}, better=min)
     return {"name": entry["name"], "changed": entry["changed"], "steps": steps, "lines": lines}
+
+
+def _lines(
+    figures: Mapping[tuple[str, int], tuple[float, Sequence[float]]], better: Callable[[Iterable[float]], float]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Step counts, descending, and a line a family of what each cell shows; `figures` with their intervals by family and step count."""
+    steps = sorted({count for _, count in figures}, reverse=True)
+    rivals = {count: [value for (_, own), (value, _) in figures.items() if own == count] for count in steps}
+    best = {count: better(values) for count, values in rivals.items() if len(values) > 1}
+    empty = {"text": "", "range": [], "best": False}
+    lines = []
+    for family in dict.fromkeys(family for family, _ in figures):
+        cells = []
+        for count in steps:
+            if (family, count) not in figures:
+                cells.append(empty)
+                continue
+            value, interval = figures[family, count]
+            cells.append({"text": figure(value), "range": [figure(end) for end in interval], "best": value == best.get(count)})
+        lines.append({"family": family, "cells": cells})
+    return steps, lines
 
 
 def _timings(summary: Mapping[str, Any]) -> list[dict[str, str]]:
