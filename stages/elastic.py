@@ -138,7 +138,8 @@ def _work(task: Task, told: Path) -> str | DistillError:
     """The life of one process. An error that would come again is a result, so that the agent does not start everything anew for it."""
     belong_to_parent()
     parallel = Parallel(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    logging.basicConfig(level=logging.INFO, handlers=[WorkerLog(task.workspace.scratch, parallel.rank)], force=True)
+    told_again = WorkerLog(task.workspace.scratch, parallel.rank)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[told_again], force=True)
     if not parallel.leads:
         logging.disable(logging.INFO)
     device = task.workspace.device
