@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from infra.torchvision_ops import define_missing_ops
 from tests.services import ObjectStore, seaweedfs_server
@@ -16,6 +17,8 @@ from tests.services import ObjectStore, seaweedfs_server
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 os.environ["COLUMNS"] = "200"  # tables of the command line are folded to the width of the terminal, which is not always one
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # how fast it is, no test asks
+settings.load_profile("any-machine")
 define_missing_ops()  # before any test module imports transformers or diffusers by itself
 
 

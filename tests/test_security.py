@@ -84,7 +84,6 @@ def test_what_is_unsafe_is_found(source: str) -> None:
     assert list(wrongs(source))
 
 
-@settings(deadline=None)
 @given(name=names)
 def test_a_files_name_cannot_leave_the_artifact(name: str) -> None:
     """Whatever a manifest says: neither its object on the store nor its file in a folder is outside of theirs."""
@@ -105,7 +104,7 @@ def test_a_name_that_leads_out_is_refused(path: str) -> None:
         FileEntry(path=path, size=0, sha256="0" * 64)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(name=names)
 def test_no_other_name_reaches_a_file_beside_the_store(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     """Identities, references, recipes' names and names of parts: of each, what is not one is refused, and nothing is read or written."""

@@ -32,7 +32,7 @@ def published(store: ArtifactStore, folder: Path, identity: str = ID) -> Manifes
     return store.publish(folder, identity=identity, content=CONTENT, lineage=LINEAGE)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(found=files)
 def test_any_files_come_back_under_their_names(store: ArtifactStore, write: Write, found: dict[str, bytes]) -> None:
     identity = digest(sorted((name, data.hex()) for name, data in found.items()))

@@ -105,7 +105,7 @@ def test_kid_of_gaussians_is_the_closed_form() -> None:
     assert same.min() < 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32), st.integers(2, 12), st.integers(2, 12), st.integers(1, 5))
 def test_kid_is_the_sum_over_pairs_and_does_not_see_blocks(seed: int, images: int, others: int, dimensions: int) -> None:
     one, two = _gaussian(seed, images, dimensions), _gaussian(seed + 1, others, dimensions, 0.5)

@@ -298,7 +298,7 @@ def _only_bad_input(text: str, *overrides: str) -> None:
         assert recipe.name
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(_keys, _junk, max_size=8), st.lists(st.text(max_size=20), max_size=2))
 def test_any_junk_is_bad_input_and_no_other_error(data: dict[str, object], overrides: list[str]) -> None:
     try:
@@ -314,7 +314,7 @@ def _only_parse(data: dict[str, object]) -> None:
         parse_recipe(data)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60) | st.text(alphabet="{}[]:,&*a1-?|>!<%@` \n\"'#.~=", max_size=60))
 def test_any_text_is_bad_input_and_no_other_error(text: str) -> None:
     _only_bad_input(text)

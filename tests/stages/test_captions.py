@@ -123,7 +123,7 @@ NASTY = st.lists(st.one_of(st.text(max_size=6), st.sampled_from(PIECES.split()),
 
 
 class TestAnyText:
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     @given(st.one_of(NASTY, st.text(max_size=60)))
     def test_cleaning_twice_is_cleaning_once(self, text: str) -> None:
         once = clean(text)
@@ -131,7 +131,7 @@ class TestAnyText:
         assert unicodedata.is_normalized("NFC", once)
         assert once == " ".join(once.split())
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.lists(st.one_of(st.none(), NASTY), max_size=6), st.sets(st.sampled_from(sorted(CaptionRules.model_fields)), max_size=8))
     def test_triggers_and_batches_change_nothing(self, texts: list[str | None], off: set[str]) -> None:
         config = CaptionConfig(rules=CaptionRules(**dict.fromkeys(off, False)), max_characters=40)
@@ -140,7 +140,7 @@ class TestAnyText:
         for rule in DROPPING.values():
             assert rule(cleaned.captions, config).null_count == 0
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.one_of(NASTY, st.text(max_size=40)), st.sampled_from(sorted(CLEANING)))
     def test_no_rule_acts_without_its_trigger(self, text: str, rule: str) -> None:
         reached = clean_captions(pa.array([text]), only(rule)).captions[0].as_py()

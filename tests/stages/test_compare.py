@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flows.cli import main
@@ -65,7 +65,6 @@ def test_rows_meet_by_family_and_steps() -> None:
 _intervals = st.tuples(st.floats(-50, 50), st.floats(0, 10), st.floats(0, 10)).map(lambda of: (of[0], of[0] - of[1], of[0] + of[2]))
 
 
-@settings(deadline=None)
 @given(_intervals, _intervals)
 def test_the_other_way_round_differences_change_sign_and_overlap_stays(first: Any, second: Any) -> None:
     runs = [Evaluated(name, report({("lcm", 4): figures})) for name, figures in (("a", first), ("b", second))]

@@ -30,7 +30,7 @@ def near_each_other(seed: int, count: int, flips: int) -> list[int]:
     return hashes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(0, 60), st.integers(0, 8))
 def test_the_kept_are_those_of_the_plain_loop(seed: int, count: int, distance: int) -> None:
     hashes = near_each_other(seed, count, 8) if count else []

@@ -74,7 +74,7 @@ def _by_eigenvalues(first: np.ndarray, second: np.ndarray) -> float:
     return float(((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * root)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.integers(2, 40), st.integers(2, 40), st.integers(1, 12))
 def test_fid_is_that_of_the_eigenvalues_and_symmetric(seed: int, first: int, second: int, dimensions: int) -> None:
     random = np.random.default_rng(seed)

@@ -274,7 +274,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(table=tables(), options=OPTIONS)
 def test_any_table_gives_verdicts_or_one_clear_refusal(table: pa.Table, options: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"

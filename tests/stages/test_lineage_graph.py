@@ -41,7 +41,7 @@ def test_ancestors_are_followed_through_the_store_each_after_what_it_reads() -> 
     assert [name for _, name in outside(list(map(lineage_row, lost)))] == ["images", "measurements"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.sets(st.integers(-2, 7)), min_size=1, max_size=8))
 def test_every_box_is_below_what_it_reads_and_none_covers_another(reads: list[set[int]]) -> None:
     """Negative numbers are files from elsewhere."""

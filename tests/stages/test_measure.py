@@ -323,7 +323,7 @@ class TestHostileBytes:
             encoded(picture, "TIFF"), encoded(picture, "BMP"),
         ]  # fmt: skip
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.data())
     def test_damaged_files(self, data: st.DataObject) -> None:
         damaged = bytearray(data.draw(st.sampled_from(self.originals())))
@@ -332,12 +332,12 @@ class TestHostileBytes:
         kept = bytes(damaged[: data.draw(st.integers(0, len(damaged)))]) if data.draw(st.booleans()) else bytes(damaged)
         self.judge(kept)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.sampled_from([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x10\x00\x00\x00WEBP", b""]), st.binary(max_size=200))
     def test_rubbish(self, magic: bytes, rest: bytes) -> None:
         self.judge(magic + rest)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         width=st.integers(1, 300),
         height=st.integers(1, 300),

@@ -159,7 +159,7 @@ def near(bound: float) -> st.SearchStrategy[float | None]:
     return st.sampled_from([None, float("nan"), bound, np.nextafter(bound, -1), np.nextafter(bound, 2 * bound), 0.0, bound * 2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.fixed_dictionaries(

@@ -10,7 +10,7 @@ from stages.training.data import indices
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 40), batch=st.integers(1, 17), epochs=st.integers(1, 3))
 def test_each_epoch_is_a_permutation_however_batches_lie(seed: int, size: int, batch: int, epochs: int) -> None:
     steps = -(-size * epochs // batch)
@@ -19,7 +19,7 @@ def test_each_epoch_is_a_permutation_however_batches_lie(seed: int, size: int, b
         assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(world=st.integers(1, 6), accumulation=st.integers(1, 5), size=st.integers(1, 4))
 def test_processes_and_micro_batches_partition_the_global_batch(world: int, accumulation: int, size: int) -> None:
     batch = world * accumulation * size
@@ -27,7 +27,7 @@ def test_processes_and_micro_batches_partition_the_global_batch(world: int, accu
     assert positions == list(range(batch))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6), cut=st.integers(1, 7))
 def test_a_samples_numbers_do_not_depend_on_its_company(seed: int, step: int, cut: int) -> None:
     whole = Draw(seed, (step,), range(8), CPU)
