@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = "from tests.flows import toy; toy.install(); from flows.flow_run import main; main()"
 """What a worker starts for a run."""
 COMMAND = "from tests.flows import toy; toy.install(); from flows.cli import main; main()"
+PATIENCE_SECONDS = 600
+"""For a machine that is busy otherwise: a flow run's process needs ten seconds of a quiet one before it begins."""
+
+
+def wait_until(done: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        if found := done():
+            return found
+        time.sleep(0.2)
+    pytest.fail(f"{what} did not happen in {PATIENCE_SECONDS} s")
 
 
 @dataclass

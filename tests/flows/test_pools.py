@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,22 +10,11 @@ from typing import Any
 import pytest
 
 from schemas.errors import BadInput
-from tests.flows.conftest import ENGINE, ToyChain
+from tests.flows.conftest import ENGINE, PATIENCE_SECONDS, ToyChain, wait_until
 
 pytestmark = pytest.mark.service
 
 ALL = ["ingest", "measure", "select", "teacher", "encode"]
-PATIENCE_SECONDS = 600
-"""For a machine that is busy otherwise: a flow run's process needs ten seconds of a quiet one before it begins."""
-
-
-def wait_until(done: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < end:
-        if found := done():
-            return found
-        time.sleep(0.2)
-    pytest.fail(f"{what} did not happen in {PATIENCE_SECONDS} s")
 
 
 @contextmanager

@@ -4,10 +4,9 @@ import base64
 import contextlib
 import json
 import sqlite3
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -19,13 +18,12 @@ from infra.seaweedfs import free_ports
 from infra.store.s3 import S3Storage
 from infra.store.settings import StoreSettings
 from schemas.errors import BadInput
-from tests.flows.conftest import ENGINE, ToyChain
+from tests.flows.conftest import ENGINE, PATIENCE_SECONDS, ToyChain, wait_until
 from tests.flows.test_secrets import PLANTED, traces, written
 
 AUTHENTICATION = PLANTED["PREFECT_API_AUTH_STRING"]
 KEEPERS = {"services/environment", "services/state.json", "services/store/known.json", "services/store/s3.json"}
 """Files that are there to hold credentials, for their owner alone."""
-PATIENCE_SECONDS = 600
 
 
 class Server:
@@ -57,15 +55,6 @@ class Server:
 
         found: dict[str, Any] = wait_until(look, f"the end of run {run}")
         return found
-
-
-def wait_until(done: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < end:
-        if found := done():
-            return found
-        time.sleep(0.5)
-    pytest.fail(f"{what} did not happen in {PATIENCE_SECONDS} s")
 
 
 @pytest.fixture

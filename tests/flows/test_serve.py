@@ -1,24 +1,22 @@
 """A run that is started as the UI starts one: through the deployment that `distill serve` registers."""
 
 import signal
-import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from infra.store import ArtifactStore
-from tests.flows.conftest import ROOT, ToyChain
+from tests.flows.conftest import ROOT, ToyChain, wait_until
 
 
-def wait_until(done: Any, what: str, process: Any, seconds: float = 180) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def wait_while_it_runs(process: Any, done: Callable[[], Any], what: str) -> Any:
+    def look() -> Any:
         if process.poll() is not None:
             pytest.fail(f"distill serve ended: {process.communicate()}")
-        if found := done():
-            return found
-        time.sleep(0.5)
-    pytest.fail(f"{what} did not happen in {seconds:.0f} s")
+        return done()
+
+    return wait_until(look, what)
 
 
 @pytest.mark.service
@@ -41,13 +39,13 @@ def test_a_run_started_through_the_server_makes_its_artifact(chain: ToyChain, pr
         return state if state is not None and state.is_final() else None
 
     try:
-        found = wait_until(deployment, "registration", process)
+        found = wait_while_it_runs(process, deployment, "registration")
         assert "minimum" in str(found.parameter_openapi_schema), "the form in the UI has no bounds"
         recipe = chain.data(teacher={"source": str(ROOT / "recipes" / "tiny_teacher")})
         with pytest.raises(PrefectHTTPStatusError, match=r"422|409"):
             client.create_flow_run_from_deployment(found.id, parameters={"recipe": recipe | {"seed": "many"}, "store": chain.address})
         run = client.create_flow_run_from_deployment(found.id, parameters={"recipe": recipe, "store": chain.address})
-        state = wait_until(lambda: final(run), "the run's end", process)
+        state = wait_while_it_runs(process, lambda: final(run), "the run's end")
         completed = state.is_completed()
     finally:
         process.send_signal(signal.SIGINT)
