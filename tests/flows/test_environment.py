@@ -36,7 +36,7 @@ def test_one_setting_of_user_and_password_is_both(
 
 
 def test_servers_listen_on_the_loopback_interface(tmp_path: Path) -> None:
-    server = services._server(Ask(tmp_path)).command
+    server = services.server_service(Ask(tmp_path)).command
     assert server[server.index("--host") + 1] == "127.0.0.1"
     store = new_object_store(8333)
     command = seaweedfs_command(tmp_path, store, range(PORTS))
