@@ -143,8 +143,8 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
 
 
 def _note_spent(workspace: Workspace, error: BaseException) -> None:
-    """Remember what an attempt cost that ends without an artifact, where the store is not what it ends for."""
-    if isinstance(error, Transient):
+    """Remember what an attempt cost that ends without an artifact, where neither the store nor its input is what it ends for."""
+    if isinstance(error, Transient | BadInput):
         return
     try:
         workspace.store.note_spent(workspace.identity, workspace.meter.cost())

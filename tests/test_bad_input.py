@@ -115,10 +115,11 @@ class Bench:
         return path
 
     def tree(self) -> dict[str, bytes]:
-        """Every file on the store, what is unfinished included; not the leases, of which a released one stays until it is collected."""
+        """Every file on the store, what is unfinished included; not the leases, of which a released one stays until it is collected, nor notes of
+        what failed attempts cost."""
         root = self.folder / "store"
         files = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-        return {name: path.read_bytes() for name, path in files.items() if not name.startswith("leases/")}
+        return {name: path.read_bytes() for name, path in files.items() if not name.startswith("leases/") and "/spent/" not in name}
 
     def run(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
         """Run the command line in this process: exit code, stdout, stderr."""
