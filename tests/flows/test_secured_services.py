@@ -7,6 +7,7 @@ import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 import psutil
@@ -39,9 +40,18 @@ class Server:
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
-            content = answer.read()
-            return json.loads(content) if content else None
+        content = wait_until(lambda: self._answer(request), f"an answer to {path}")[0]
+        return json.loads(content) if content else None
+
+    def _answer(self, request: urllib.request.Request) -> tuple[bytes] | None:
+        """None while a busy server asks for patience, as Prefect's does when its database is locked."""
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
+                return (answer.read(),)
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            return None
 
     def refusal(self, path: str, authentication: str | None) -> int:
         with pytest.raises(urllib.error.HTTPError) as refused:
