@@ -1,4 +1,4 @@
-"""Uploading a folder to a model repository on the Hugging Face hub. Reading from it is in `infra.outside`."""
+"""Uploading a folder to a model repository on the Hugging Face hub, and what calls of the hub raise. Reading from it is in `infra.outside`."""
 
 import os
 import re
@@ -61,19 +61,28 @@ def upload_model(folder: Path, name: str, *, private: bool, message: str) -> str
         return str(api.upload_folder(repo_id=name, repo_type="model", folder_path=folder, commit_message=message).commit_url)
 
 
-@contextmanager
-def _answers(name: str) -> Iterator[None]:
-    """What the hub refuses, in a sentence without its request: no error of ours can name a header."""
+def hub_errors() -> tuple[type[BaseException], ...]:
+    """What calls of the hub's library raise where the hub refuses, fails, or is not reached."""
     from huggingface_hub import errors  # noqa: PLC0415
 
     # The base of the hub's own HTTP errors is that of its HTTP library, which changed with its major versions.
-    http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
+    return (OSError, ValueError, errors.HfHubHTTPError.__bases__[0])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says before its details."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _answers(name: str) -> Iterator[None]:
+    """What the hub refuses, in a sentence without its request: no error of ours can name a header."""
     try:
         yield
-    except (OSError, ValueError, http_error) as error:
+    except hub_errors() as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             expected = f"expected a token in {TOKEN} that may write there"
             raise BadInput(f"hub:{name}: the hub refuses the upload (status {status}); {expected}") from None
-        told = f"status {status}" if status is not None else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        told = f"status {status}" if status is not None else first_line(error)
         raise RunFailed(f"hub:{name}: the upload failed ({told}); what the hub has already is not sent again") from error

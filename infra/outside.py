@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import fsspec
 
+from infra.hub import first_line, hub_errors
 from infra.store.local import DISK_FULL
 from schemas.base import digest
 from schemas.errors import BadInput
@@ -125,16 +126,11 @@ def _hub_copy(hub: HubModel, target: Path, wanted: Callable[[str], bool]) -> Pat
 
 @contextmanager
 def _hub_errors(hub: HubModel) -> Iterator[None]:
-    from huggingface_hub import errors  # noqa: PLC0415
-
-    # The base of the hub's own HTTP errors is that of its HTTP library, which changed with its major versions.
-    http_error: type[BaseException] = errors.HfHubHTTPError.__bases__[0]
     try:
         yield
-    except (OSError, ValueError, http_error) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except hub_errors() as error:
         raise BadInput(
-            f"{hub}: no such file or folder here, and the hub does not give such a model ({first_line}); "
+            f"{hub}: no such file or folder here, and the hub does not give such a model ({first_line(error)}); "
             "expected an existing path, an address, or a hub id and access to the hub"
         ) from error
 
