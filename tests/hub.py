@@ -5,10 +5,11 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from infra.demo.server import in_background
 
 LARGE = ".safetensors"
 """What the hub keeps as large files, sent apart from the commit."""
@@ -115,11 +116,5 @@ def hub_server(token: str) -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with in_background(server):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -1,11 +1,12 @@
 """A local web server that serves what a test gives it, and misbehaves as the web does."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from infra.demo.server import in_background
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -103,11 +104,5 @@ def serve(site: Site) -> Iterator[Site]:
 
     server = _Server(("127.0.0.1", site.port), Handler)
     site.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with in_background(server):
         yield site
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import HTTPServer, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from schemas.errors import RunFailed
@@ -23,10 +23,17 @@ def serve(folder: Path, port: int = 0) -> Iterator[int]:
     except OSError as error:
         raise RunFailed(f"127.0.0.1:{port}: the demo's picture server cannot listen there ({error.strerror})") from error
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, name="pictures", daemon=True)
+    with in_background(server):
+        yield server.server_address[1]
+
+
+@contextmanager
+def in_background(server: HTTPServer) -> Iterator[None]:
+    """Have a thread answer what the server is asked for the length of the block, and close it then."""
+    thread = threading.Thread(target=server.serve_forever, name=type(server).__name__, daemon=True)
     thread.start()
     try:
-        yield server.server_address[1]
+        yield
     finally:
         server.shutdown()
         server.server_close()

@@ -3,13 +3,13 @@
 import json
 import logging
 import queue
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
+from infra.demo.server import in_background
 from tests.flows.conftest import ToyChain
 
 pytestmark = [pytest.mark.service, pytest.mark.usefixtures("prefect_server")]
@@ -32,10 +32,8 @@ def receiver() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/hook", received
-    server.shutdown()
-    server.server_close()
+    with in_background(server):
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook", received
 
 
 def test_a_failure_and_an_alarm_are_posted_to_the_webhook(chain: ToyChain, receiver: tuple[str, "queue.Queue[dict[str, Any]]"]) -> None:
