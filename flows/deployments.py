@@ -13,7 +13,8 @@ from prefect.schedules import Schedule as PrefectSchedule
 from prefect.types.entrypoint import EntrypointType
 
 from flows.chain import distill_chain
-from flows.lost_runs import SILENT_SECONDS, TAG, watch_for_lost_runs
+from flows.environment import SILENT_SECONDS
+from flows.lost_runs import TAG, watch_for_lost_runs
 from flows.notifications import check_address, notify
 from flows.pools import PARENTS, Pool, create_pool
 from flows.routing import relative_places

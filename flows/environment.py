@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 ROOMS = ("stages", "infra", "flows")
 
@@ -33,6 +33,12 @@ DEFAULTS: Mapping[str, tuple[str, ...]] = {
 API_URL = "PREFECT_API_URL"
 API_AUTHENTICATION = "PREFECT_API_AUTH_STRING"
 """`user:password` of the server, as its clients know it."""
+HEARTBEAT_SECONDS: Final = 30
+"""Between two signs of life of a run on a pool; Prefect's smallest."""
+SILENT_SECONDS: Final = 120
+"""How long such a run may be silent before it is taken for lost."""
+LEAST_SILENT_SECONDS: Final = 40
+"""A heartbeat may be late."""
 _SERVER_AUTHENTICATION = "PREFECT_SERVER_API_AUTH_STRING"
 
 

@@ -16,13 +16,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 
 from flows.automations import put_automation
+from flows.environment import SILENT_SECONDS
 
-HEARTBEAT_SECONDS: Final = 30
-"""Prefect's smallest."""
-SILENT_SECONDS: Final = 120
-"""How long a run may be silent."""
-LEAST_SILENT_SECONDS: Final = 40
-"""A heartbeat may be late."""
 BEGIN_FACTOR: Final = 5
 """Times as long a run may take to begin: a container's image is fetched first."""
 TAG: Final = "distill-pool"
@@ -34,7 +29,7 @@ _AGAIN: Final = (StateType.SCHEDULED, "AwaitingRetry")
 
 
 def watch_for_lost_runs(client: SyncPrefectClient, silent_seconds: int = SILENT_SECONDS) -> None:
-    """Make the automations, or bring them up to date. `silent_seconds` is at least `LEAST_SILENT_SECONDS`."""
+    """Make the automations, or bring them up to date. `silent_seconds` is at least `environment.LEAST_SILENT_SECONDS`."""
     for automation in automations(silent_seconds):
         put_automation(client, automation)
 

@@ -11,8 +11,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 
 import infra
-from flows.environment import ROOMS
-from flows.lost_runs import HEARTBEAT_SECONDS
+from flows.environment import HEARTBEAT_SECONDS, ROOMS
 from schemas.errors import BadInput
 
 TEMPLATES: Final = Path(infra.__file__).parent / "pools"

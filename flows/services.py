@@ -44,7 +44,7 @@ class Ask:
     """As `distill deploy --pool` takes them."""
     slots: int = 1
     """Runs at a time on each pool's worker."""
-    lost_after: int = 120
+    lost_after: int = environment.SILENT_SECONDS
     """Seconds without a heartbeat after which a run is taken for lost."""
 
     @property

@@ -10,6 +10,7 @@ import typer
 
 from flows.cli.console import output
 from flows.cli.options import LostAfter
+from flows.environment import SILENT_SECONDS
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
 
@@ -36,7 +37,7 @@ def deploy(
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A work pool; may be repeated. Default: cpu=process and gpu=process:cuda."),
     ] = None,
     limit: Annotated[list[str] | None, typer.Option(metavar="NAME=COUNT", help="Runs at a time in a pool, over all its workers.")] = None,
-    lost_after: LostAfter = 120,
+    lost_after: LostAfter = SILENT_SECONDS,
     schedule: Annotated[
         list[Path] | None, typer.Option(metavar="RECIPE", help="Run the chain of this recipe by its section schedule; may be repeated.")
     ] = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flows.environment import LEAST_SILENT_SECONDS
 from schemas.errors import BadInput
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
@@ -23,7 +24,11 @@ Device = Annotated[
 ]
 LostAfter = Annotated[
     int,
-    typer.Option(metavar="SECONDS", help="Silence of a run after which its worker is taken for lost and the run started again.", min=40),
+    typer.Option(
+        metavar="SECONDS",
+        help="Silence of a run after which its worker is taken for lost and the run started again.",
+        min=LEAST_SILENT_SECONDS,
+    ),
 ]
 ArtifactReference = Annotated[
     str, typer.Argument(metavar="ARTIFACT", help="Identity, its first 6 or more digits, or an address on the store.")

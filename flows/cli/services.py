@@ -11,6 +11,7 @@ import typer
 
 from flows.cli.console import errors, output
 from flows.cli.options import LostAfter
+from flows.environment import SILENT_SECONDS
 from schemas.errors import RunFailed
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def up(
         typer.Option(metavar="NAME=TEMPLATE[:cuda]", help="A pool with a worker; may be repeated. Default: cpu and gpu, without a GPU."),
     ] = None,
     slots: Annotated[int, typer.Option(help="Runs at a time on each worker.", min=1)] = 1,
-    lost_after: LostAfter = 120,
+    lost_after: LostAfter = SILENT_SECONDS,
     detach: Annotated[bool, typer.Option("--detach", help="Return once all is healthy, and leave it running.")] = False,
 ) -> None:
     """Start a Prefect server, an object store, and a worker for each pool, with all deployments. Ctrl-C or `services down` stops them."""
