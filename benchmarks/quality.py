@@ -1,10 +1,9 @@
-"""Quality of students against their teacher: `python -m benchmarks.quality [--folder demo/adversarial] [--images 512] [--make]`.
+"""Quality of students against their teacher: `python -m benchmarks.quality [--tables lightning dmd] [--images 512] [--make]`.
 
-The students are those of `RECIPES`, which `distill demo --recipe tiny-adversarial.yaml` and `--make` leave on the store, so that the table costs
-sampling only; a student that is not there is an error that says so. All are drawn from the same prompts and noise, with the teacher at several step
-counts beside them, and measured by the stage `evaluate` itself, which keeps every row: a second call prints at once. The last line is JSON, `rows`:
-for each its `method`, its `steps`, the FID to other samples of the teacher (`fid_teacher`), to the real images (`fid_real`), and where its student
-comes from (`student`).
+The students are those of `TABLES`, which `--make` leaves on the store, so that a table costs sampling only; a student that is not there is an error
+that says so. All are drawn from the same prompts and noise, with the teacher at several step counts beside them, and measured by the stage `evaluate`
+itself, which keeps every row: a second call prints at once. The last line is JSON, `rows`: for each its `table`, its `method`, its `steps`, the FID
+to other samples of the teacher (`fid_teacher`), to the real images (`fid_real`), and where its student comes from (`student`).
 """
 
 import argparse
@@ -27,17 +26,36 @@ from stages.runner import Surroundings, execute
 
 logger = logging.getLogger(__name__)
 
-RECIPES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "": ("tiny-adversarial.yaml", ()),
-    "mse": ("tiny-adversarial.yaml", ("lightning.adversarial=null", "lcm=null")),
+Students = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Recipe and overrides by the prefix that its students get in the table."""
+
+MSE = ("lightning.adversarial=null", "lcm=null")
+"""The same chain with the squared error on all links."""
+ONE_DMD = ("lightning=null",)
+DMD2 = (*ONE_DMD, "dmd.regression=null", "dmd.fake_updates=5", "dmd.gan={}")
+TABLES: Mapping[str, Students] = {
+    "lightning": {
+        "": ("tiny-adversarial.yaml", ()),
+        "mse": ("tiny-adversarial.yaml", MSE),
+        # whether it is the switch to x0 that helps one step, or the discriminator
+        "mse-x0": ("tiny-adversarial.yaml", (*MSE, "lightning.links.1={prediction: sample, conversion_steps: 1000}")),
+    },
+    "dmd": {
+        "": ("tiny-dmd.yaml", ()),
+        # twice the batch: with regression each pair's output is matched beside a fresh one
+        "no-regression": ("tiny-dmd.yaml", (*ONE_DMD, "dmd.regression=null", "dmd.batch_size=16")),
+        "regression-alone": ("tiny-dmd.yaml", (*ONE_DMD, "dmd.matching=false")),
+        "dmd2": ("tiny-dmd.yaml", DMD2),
+        "dmd2-4-steps": ("tiny-dmd.yaml", (*DMD2, "dmd.warm_up=null", "dmd.steps=4")),
+    },
 }
-"""Recipe and overrides by the prefix that its students get in the table. The second is the same chain with the squared error on all links."""
+"""Students by table. The first recipe of each says how all of it are measured."""
 
 NO_TABLE = ("evaluate=null", "publish=null")
 
 
-def students(store: str, folder: Path, *, make: bool) -> tuple[Recipe, dict[str, Manifest], dict[str, Manifest]]:
-    """Return the first recipe, the artifacts that an evaluation reads beside students, and the students of all recipes by their name in the table.
+def students(table: str, store: str, folder: Path, *, make: bool) -> tuple[Recipe, dict[str, Manifest], dict[str, Manifest]]:
+    """Return the table's first recipe, the artifacts that an evaluation reads beside students, and the students by their name in the table.
 
     Raises `RunFailed` naming those that are missing, unless they are to be made.
     """
@@ -45,7 +63,7 @@ def students(store: str, folder: Path, *, make: bool) -> tuple[Recipe, dict[str,
     missing: list[str] = []
     shared: dict[str, Manifest] = {}
     first: Recipe | None = None
-    for prefix, (name, overrides) in RECIPES.items():
+    for prefix, (name, overrides) in TABLES[table].items():
         recipe = load_recipe(PROJECT / "recipes" / name, [f"ingest.table={folder / 'urls.parquet'}", *overrides])
         first = first or recipe
         if make:
@@ -57,11 +75,12 @@ def students(store: str, folder: Path, *, make: bool) -> tuple[Recipe, dict[str,
             if manifest is None:
                 missing.append(f"{upstream} of {name} {' '.join(overrides)}")
             elif isinstance(manifest.content, StudentUNet | StudentLoRA):
-                found["-".join(filter(None, (prefix, upstream)))] = manifest
+                if manifest.identity not in {one.identity for one in found.values()}:
+                    found["-".join(filter(None, (prefix, upstream)))] = manifest
             else:
                 shared[upstream] = manifest
     if missing:
-        raise RunFailed(f"{store}: lacks {'; '.join(missing)}; make them with: python -m benchmarks.quality --make")
+        raise RunFailed(f"{store}: lacks {'; '.join(missing)}; make them with: python -m benchmarks.quality --tables {table} --make")
     assert first is not None, "there are recipes"
     return first, shared, found
 
@@ -82,8 +101,8 @@ def evaluation(
     return execute(plan, node, Surroundings(store), everything)
 
 
-def table(measured: Manifest, found: Mapping[str, Manifest]) -> list[dict[str, object]]:
-    """Rows of the table, in the order of the evaluation; those of `evaluate.transfer`, which are measured on other teachers, are none of it."""
+def rows_of(measured: Manifest, found: Mapping[str, Manifest]) -> list[dict[str, object]]:
+    """Rows of a table, in the order of the evaluation; those of `evaluate.transfer`, which are measured on other teachers, are none of it."""
     assert isinstance(measured.content, Evaluation)
     families = {TEACHER: TEACHER, **families_of(found)}
     rows: list[dict[str, object]] = []
@@ -104,17 +123,23 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=512, help="images of a row")
     parser.add_argument("--make", action="store_true", help="make the students that are missing first: hours on two cores")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
     store = f"file://{folder / 'store'}"
-    try:
-        recipe, shared, found = students(store, folder, make=arguments.make)
-        measured = evaluation(ArtifactStore.open(store), recipe, shared, found, arguments.images)
-    except DistillError as error:
-        sys.exit(f"error: {error}")
-    rows = table(measured, found)
-    lines = [f"{row['method']:<24} {row['steps']:>3} {row['fid_teacher']:>10.1f} {row['fid_real']:>8.1f}  {row['student']}" for row in rows]
-    print("\n".join([f"{'method':<24} {'steps':>3} {'to teacher':>8} {'to real':>8}  student", *lines]))  # noqa: T201
+    rows: list[dict[str, object]] = []
+    for table in arguments.tables:
+        try:
+            recipe, shared, found = students(table, store, folder, make=arguments.make)
+            measured = evaluation(ArtifactStore.open(store), recipe, shared, found, arguments.images)
+        except DistillError as error:
+            sys.exit(f"error: {error}")
+        own = rows_of(measured, found)
+        lines = [
+            f"{row['method']:<24} {row['steps']:>3} {row['fid_teacher']:>10.1f} {row['fid_real']:>8.1f}  {row['student']}" for row in own
+        ]
+        print("\n".join([f"{table:<24} {'steps':>3} {'to teacher':>8} {'to real':>8}  student", *lines]))  # noqa: T201
+        rows += [{"table": table} | row for row in own]
     print(json.dumps({"rows": rows, "images": arguments.images}))  # noqa: T201
 
 

@@ -28,7 +28,7 @@ class Demo:
 
 DEMOS: Final[Mapping[str, Demo]] = {
     "tiny.yaml": Demo(make_collection, FOLDER),
-    "tiny-dmd.yaml": Demo(make_collection, FOLDER / "dmd"),
+    "tiny-dmd.yaml": Demo(partial(make_small_collection, count=3000, seed=2), FOLDER / "dmd"),
     "tiny-adversarial.yaml": Demo(partial(make_small_collection, count=3000, seed=2), FOLDER / "adversarial"),
     "tiny-transfer.yaml": Demo(partial(make_looks_collection, count=2000, seed=3), FOLDER / "transfer"),
     "tiny-teacher.yaml": Demo(partial(make_small_collection, count=6000, seed=1), FOLDER / "teacher"),

@@ -25,8 +25,9 @@ class TrainingConfig(Model):
     """Optimiser steps of the student."""
     batch_size: PositiveInt
     """Samples of one optimiser step, over all devices and accumulation steps."""
-    accumulation_steps: PositiveInt = 1
-    """Parts a batch is cut in, to fit memory. Must divide `batch_size`."""
+    accumulation_steps: Annotated[PositiveInt, NotIdentity] = 1
+    """Parts that each process cuts its share of a batch in, to fit memory. It and the number of processes together must divide `batch_size`; neither
+    is part of the result but for float rounding, so that a run goes on with fewer devices and more parts, or the other way round."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after the warm-up; cosine and linear end at zero on the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -36,8 +37,8 @@ class TrainingConfig(Model):
     """bfloat16: autocast with float32 master weights."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the student's moving average a step; where set, the average is what is published."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Annotated[bool, NotIdentity] = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same result."""
     alarms: Alarms = Alarms()
     """What stops the training, or takes it back."""
     world_size: Annotated[PositiveInt | None, NotIdentity] = None

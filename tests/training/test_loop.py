@@ -90,6 +90,7 @@ def test_a_batch_gives_the_same_weights_however_it_is_cut(tmp_path: Path) -> Non
     weights = []
     for accumulation in (1, 4):
         config = CONFIG.model_copy(update={"accumulation_steps": accumulation})
+        assert config.identity_fields() == CONFIG.identity_fields(), "fewer devices go on with what more had begun"
         method = Regression(config, dropout=0.0)
         train(method, read, SIZE, config, make_workspace(tmp_path / str(accumulation)), seed=7)
         weights.append(method.network[0].weight.detach().clone())
