@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.fault_site import Fault, Site, Undisturbed, served_recipe, services
+from benchmarks.processes import end_tidily
 from infra.store import ArtifactStore
 from schemas.errors import CorruptArtifact, DistillError
 from schemas.manifest import Manifest
@@ -156,6 +157,7 @@ def main() -> int:
     parser.add_argument("--patience", type=float, default=900.0, help="seconds that a chain may take")
     parser.add_argument("--keep", type=Path, help="folder for data and logs, which stay there")
     asked = parser.parse_args()
+    end_tidily()
     with contextlib.ExitStack() as stack:
         folder = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import end_tidily
 from infra.seaweedfs import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
+    end_tidily()
     with tempfile.TemporaryDirectory(prefix="orchestration-") as name:
         folder = Path(name)
         (folder / "table.csv").write_text("url,caption\nhttp://a/1.png,one")

@@ -32,7 +32,7 @@ Students = Mapping[str, tuple[str, tuple[str, ...]]]
 MSE = ("lightning.adversarial=null", "lcm=null")
 """The same chain with the squared error on all links."""
 ONE_DMD = ("lightning=null",)
-DMD2 = (*ONE_DMD, "dmd.regression=null", "dmd.fake_updates=5", "dmd.gan={}")
+DMD2 = (*ONE_DMD, "dmd.regression=null", "dmd.fake_updates=5", "dmd.gan={}", "dmd.training_steps=150")
 TABLES: Mapping[str, Students] = {
     "lightning": {
         "": ("tiny-adversarial.yaml", ()),
