@@ -30,7 +30,8 @@ from infra.demo.emoji import captions, render, variant
 from schemas.evaluation import EvaluateConfig
 from schemas.lightning import trailing_timesteps
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.metrics.bootstrap import interval
 from stages.evaluate.metrics.catalogue import METRICS, View
 from stages.evaluate.metrics.perceptual import paired

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 
 from infra.outside import local_copy
 from schemas.evaluation import EvaluateConfig
+from schemas.extractors import EXTRACTOR_WEIGHTS
 from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.also import Also, open_also, preflight_also
 from stages.evaluate.curves import TrainingCurves, read_curves
-from stages.evaluate.features import extractor_spec
+from stages.evaluate.features import check_extractor, open_extractor
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.past import samples_folder
@@ -30,7 +31,7 @@ from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Sampler, first_pictures, scheduler_of
 from stages.evaluate.scoring import Score, Scoring, check_scoring
 from stages.evaluate.singles import Singles, check_singles
-from stages.evaluate.summary import Measured, Sources, summarise
+from stages.evaluate.summary import Features, Measured, Sources, summarise
 from stages.evaluate.timing import Timing, time_row
 from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
 from stages.students import load_student, weight_files
@@ -39,11 +40,11 @@ from stages.workspace import Workspace
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
-    """Look for the networks' packages, and at a prompts file, a CLIP model and checkpoints on this machine, hours before they are needed.
+    """Look at the networks, and at a prompts file and checkpoints on this machine, hours before they are needed.
 
     Raises `BadInput`.
     """
-    extractor_spec(config.extractor)
+    check_extractor(config.extractor, outside)
     preflight_transfers(config, outside)
     preflight_also(config, outside, recipe)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
@@ -54,10 +55,11 @@ def preflight(config: EvaluateConfig, outside: Mapping[str, str], recipe: Recipe
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
     """Sample, measure and report.
 
-    Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few images for a metric, a patch larger than the
-    teacher's pictures, weights that cannot be had, and a student whose timesteps its sampler does not have, all before anything is sampled.
+    Raises `BadInput` for an extractor whose packages are missing or whose weights cannot be had, an empty prompts file, too few images for a metric,
+    a patch larger than the teacher's pictures, weights that cannot be had, and a student whose timesteps its sampler does not have, all before
+    anything is sampled.
     """
-    spec = extractor_spec(config.extractor)
+    network = open_extractor(config.extractor, workspace.outside, workspace.scratch, workspace.device)
     seed = workspace.seed if config.seed is None else config.seed
     prompts = _prompts(config, inputs, workspace, seed)
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
@@ -77,7 +79,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     pieces, looks = Pieces(workspace), config.reference_config()
     singles = Singles.open(config, prompts, workspace, pipeline.resolution)
     with workspace.folder("evaluation") as folder:
-        sets = RowSets(folder, looks, spec, pieces, workspace)
+        sets = RowSets(folder, looks, network, pieces, workspace)
         teacher = {"teacher": inputs.teacher.identity}
         of_teacher = sets.of_row(replace(rows[0], model="reference"), other_noise, pipeline.denoiser, teacher)
         given = inputs.reference
@@ -103,7 +105,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             rows=rows,
             scores=scores,
             prompts=prompts,
-            extractor=spec,
+            extractor=Features(network.title, of_teacher["whole"].statistics.dimensions, workspace.lineage.inputs.get(EXTRACTOR_WEIGHTS)),
             real_images=real_images,
             timings=timings,
             also=others,

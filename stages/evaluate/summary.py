@@ -1,13 +1,12 @@
 """What the report says, as plain data: `report.json`, from which the page and the model card are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from schemas.evaluation import EvaluateConfig
 from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentManifest, Teacher
 from stages.evaluate.also import Also
-from stages.evaluate.features import ExtractorSpec
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import TEACHER, Finetuned, Row
@@ -23,6 +22,16 @@ Scores = Mapping[str, Mapping[str, Score]]
 
 
 @dataclass(frozen=True)
+class Features:
+    """The feature network that pictures were shown to."""
+
+    title: str
+    dimensions: int
+    weights: str | None = None
+    """Digest of its weights where the recipe names them."""
+
+
+@dataclass(frozen=True)
 class Measured:
     """All that one evaluation found out."""
 
@@ -32,7 +41,7 @@ class Measured:
     rows: tuple[Row, ...]
     scores: Scores
     prompts: PromptSet
-    extractor: ExtractorSpec
+    extractor: Features
     real_images: int
     timings: Mapping[str, Timing] = field(default_factory=dict)
     """By row, where the recipe asks for them."""
@@ -90,7 +99,7 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
             "seed": measured.seed,
             "teacher_guidance_scale": measured.config.teacher_guidance_scale,
         },
-        "extractor": {"name": measured.config.extractor, "title": measured.extractor.title, "dimensions": measured.extractor.dimensions},
+        "extractor": {"name": measured.config.extractor, **asdict(measured.extractor)},
         "real_images": measured.real_images,
         "real_images_from": "selection" if sources.reference is None else "reference",
         "metrics": {name: METRICS[name].title for name in measured.scores[measured.rows[0].name]},

@@ -25,7 +25,8 @@ from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.encoded import Encoded
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import check_extractor, open_extractor
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.grid import thumbnail
 from stages.evaluate.pieces import Pieces
@@ -49,10 +50,10 @@ _GAP: Final = 4
 _DECIMALS: Final = 6
 
 
-def check_watch(section: str, config: StudentTraining) -> None:
+def check_watch(section: str, config: StudentTraining, outside: Mapping[str, str]) -> None:
     """Look for what the looks will need. Raises `BadInput` naming the section's field."""
     if config.watch is not None:
-        extractor_spec(config.watch.extractor, f"{section}.watch.extractor")
+        check_extractor(config.watch.extractor, outside, f"{section}.watch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,10 @@ class StudentWatch:
     def __init__(self, config: Watch, student: Student, row: SampledRow, sampler: "EncodedSampler", workspace: Workspace) -> None:
         self.config, self.student, self.row, self.sampler, self.workspace = config, student, row, sampler, workspace
         self.every = config.every
-        spec = extractor_spec(config.extractor, "watch.extractor")
-        self._extractor = functools.cache(lambda: spec.build(workspace.device))
+        section = f"{workspace.lineage.stage}.watch"
+        self._extractor = functools.cache(
+            lambda: open_extractor(config.extractor, workspace.outside, workspace.scratch, workspace.device, section)
+        )
         self._reference: FeatureStatistics | None = None
 
     @classmethod

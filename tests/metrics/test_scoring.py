@@ -21,7 +21,8 @@ from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, PerceptualConfig
 from schemas.loading import parse_recipe
 from stages.evaluate import Inputs, reference, run
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.samples import read_pictures

@@ -22,7 +22,8 @@ from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from stages.evaluate import Inputs, run, samples, views
 from stages.evaluate.curves import read_curves
-from stages.evaluate.features import EXTRACTORS, extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.prompts import assign, read_prompts, seeded_order
 from stages.evaluate.samples import read_pictures, square
@@ -119,7 +120,7 @@ def test_features_and_fid_are_clean_fids(tmp_path: Path) -> None:
         str(tmp_path / "a"), extractor, num_workers=0, batch_size=16, device=torch.device("cpu"), verbose=False
     )
     assert np.array_equal(ours[0], theirs)
-    assert ours[0].shape == (20, EXTRACTORS["efficientnet-lite0"].dimensions)
+    assert ours[0].shape == (20, 1280)
     whole = clean_fid.compute_fid(
         str(tmp_path / "a"), str(tmp_path / "b"), custom_feat_extractor=extractor, num_workers=0, batch_size=16,
         device=torch.device("cpu"), use_dataparallel=False, verbose=False,

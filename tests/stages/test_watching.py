@@ -20,7 +20,8 @@ from schemas.recipe import Recipe
 from stages import lcm, lightning
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import draw_noise, image_generator, make_scheduler, sample
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.students import load_student, weight_files
 from stages.training import Row
