@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.outside import local_copy
@@ -32,6 +31,7 @@ from stages.evaluate.samples import Sampler, first_pictures, scheduler_of
 from stages.evaluate.scoring import Score, Scoring, check_scoring
 from stages.evaluate.singles import Singles, check_singles
 from stages.evaluate.summary import Features, Measured, Sources, summarise
+from stages.evaluate.tables import write_tables
 from stages.evaluate.timing import Timing, time_row
 from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
 from stages.students import load_student, weight_files
@@ -93,7 +93,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             own = sets.of_row(row, sampler, load, None if made_of is None else teacher | made_of)
             scores[row.name] = scoring.score(own, singles.of_row(row.slug, rows[0].slug, sets))
             if config.timing is not None:
-                timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
+                timings[row.name] = _timing(row, load, sampler, config, pieces)
 
         elsewhere: dict[str, Score] = {}
         for transfer in transfers:
@@ -114,6 +114,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         grids = _draw_grids(folder, measured, transfers)
         _write_report(folder, measured, inputs, grids, workspace)
         found = scores | {name: {"fid_teacher": score} for name, score in elsewhere.items()}
+        write_tables(folder, [*rows, *(row for transfer in transfers for row in transfer.rows)], found)
         values = {name: {metric: score.value for metric, score in of_row.items()} for name, of_row in found.items()}
         intervals = {name: {metric: (score.low, score.high) for metric, score in of_row.items()} for name, of_row in found.items()}
         return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct, rows=sets.keys))
@@ -157,11 +158,11 @@ def _student_denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, works
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 
 
-def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, repeats: int, pieces: Pieces) -> Timing:
+def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, config: EvaluateConfig, pieces: Pieces) -> Timing:
     with pieces.piece(f"timing-{row.slug}") as (folder, made):
         path = folder / "timing.json"
         if not made:
-            path.write_text(json.dumps(time_row(row, load(), sampler, repeats).as_json()), encoding="utf-8")
+            path.write_text(json.dumps(time_row(row, load(), sampler, config).as_json()), encoding="utf-8")
         return Timing(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -183,7 +184,6 @@ def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer])
 
 
 def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mapping[str, GridPictures], workspace: Workspace) -> None:
-    rows = measured.rows
     summary = summarise(
         measured,
         Sources(
@@ -200,24 +200,6 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mappi
     )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render_report(summary, grids[""], grids, _curves(inputs, workspace)), encoding="utf-8")
-    table = [
-        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | _columns(measured.scores[row.name])
-        for row in rows
-    ]
-    pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
-    long = [
-        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps, "metric": metric}
-        | {"value": score.value, "low": score.low, "high": score.high}
-        for row in rows
-        for metric, score in measured.scores[row.name].items()
-    ]
-    pq.write_table(pa.Table.from_pylist(long), folder / "rows.parquet")
-
-
-def _columns(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Of every metric its value, and the ends of its interval."""
-    ends = ("value", "low", "high")
-    return {name if end == "value" else f"{name}_{end}": getattr(score, end) for name, score in scores.items() for end in ends}
 
 
 def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, TrainingCurves]:

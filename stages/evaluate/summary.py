@@ -7,6 +7,7 @@ from typing import Any
 from schemas.evaluation import EvaluateConfig
 from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentManifest, Teacher
 from stages.evaluate.also import Also
+from stages.evaluate.fid import bias_warning
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import TEACHER, Finetuned, Row
@@ -95,6 +96,7 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
             "distinct_prompts": measured.prompts.distinct,
             "prompts_from": measured.prompts.source,
             "prompts_sha256": measured.prompts.digest,
+            "prompts_file_sha256": sources.inputs.get("prompts"),
             "examples": list(dict.fromkeys(measured.prompts.images))[: measured.config.grid_prompts],
             "seed": measured.seed,
             "teacher_guidance_scale": measured.config.teacher_guidance_scale,
@@ -134,13 +136,14 @@ def _row(row: Row, measured: Measured) -> dict[str, Any]:
 
 def warnings(measured: Measured) -> list[str]:
     """What a reader must know before believing the figures."""
-    found = []
-    images, dimensions = len(measured.prompts.images), measured.extractor.dimensions
-    if images < dimensions or measured.real_images < dimensions:
-        fewest = min(images, measured.real_images)
+    found: list[str] = []
+    images = len(measured.prompts.images)
+    biased = bias_warning(min(images, measured.real_images), measured.extractor.dimensions)
+    if biased is not None:
+        floor = measured.scores[measured.rows[0].name]["fid_teacher"].value
         found.append(
-            f"FID of {fewest} images with {dimensions} features is far from its limit for many images: the covariance cannot be estimated. "
-            "Use these figures to rank rows of this table, which share prompts and noise, and never against figures from elsewhere."
+            f"{biased} Two sets of the teacher's own samples, {images} each, are at FID {figure(floor)}: no equal model is "
+            "below. Use these figures to rank rows of this table, which share prompts and noise, and never against figures from elsewhere."
         )
     if measured.prompts.distinct * measured.config.images_per_prompt < images:
         found.append(

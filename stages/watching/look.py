@@ -27,7 +27,7 @@ from stages.diffusion.pipeline import TeacherPipeline
 from stages.encoded import Encoded
 from stages.evaluate.feature_network import features_of
 from stages.evaluate.features import check_extractor, open_extractor
-from stages.evaluate.fid import FeatureStatistics, frechet_distance
+from stages.evaluate.fid import FeatureStatistics, bias_warning, frechet_distance
 from stages.evaluate.grid import thumbnail
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet
@@ -45,7 +45,7 @@ from stages.workspace import Workspace
 FID: Final = "student.fid_teacher"
 """Column of the metrics."""
 
-_BEST, _REFERENCE, _STRIP = "watch-best", "watch-reference", "strip.png"
+_BEST, _REFERENCE, _STRIP, _FEATURES = "watch-best", "watch-reference", "strip.png", "features.safetensors"
 _GAP: Final = 4
 _DECIMALS: Final = 6
 
@@ -70,6 +70,8 @@ class Seen:
     """PNG by step: the same captions and noise in all."""
     teacher: bytes
     """The teacher's strip."""
+    bias: str = ""
+    """What a reader must know of FIDs of so few images."""
 
 
 class StudentWatch:
@@ -153,6 +155,7 @@ class StudentWatch:
             captions=self.sampler.prompts.images[: self.config.grid_images],
             strips={step: (fetched(_look(step)) / _STRIP).read_bytes() for step in sorted({step for _, step in looks})},
             teacher=(fetched(_REFERENCE) / _STRIP).read_bytes(),
+            bias=_bias(load_arrays(fetched(_REFERENCE) / _FEATURES)["features"]),
         )
 
     def _draw_reference(self, teacher: Manifest[Teacher]) -> None:
@@ -166,10 +169,10 @@ class StudentWatch:
                     TEACHER, TEACHER, steps, trailing_timesteps(steps), "trailing", pipeline.facts.prediction_type, config.teacher_guidance_scale
                 )  # fmt: skip
                 drawn = self.sampler.on_other_noise().pictures(row, pipeline.denoiser(), config.images)
-                save_arrays({"features": self._features(drawn)}, folder / "features.safetensors")
+                save_arrays({"features": self._features(drawn)}, folder / _FEATURES)
                 shown = self.sampler.pictures(row, pipeline.denoiser(), config.grid_images)
                 (folder / _STRIP).write_bytes(strip(list(shown)))
-            self._reference = FeatureStatistics.of(load_arrays(folder / "features.safetensors")["features"])
+            self._reference = FeatureStatistics.of(load_arrays(folder / _FEATURES)["features"])
 
     def _features(self, pictures: Any) -> NDArray[np.float32]:
         return features_of(pictures, self._extractor(), self.workspace.device)
@@ -216,6 +219,16 @@ def strip(pictures: Sequence[Pixels]) -> bytes:
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _bias(features: NDArray[np.float32]) -> str:
+    """Of FIDs to a reference with these features, (N, D): what they lack, and how far apart its halves are, which are of one model."""
+    warning = bias_warning(*features.shape) or ""
+    half = len(features) // 2
+    if half < 2:
+        return warning
+    apart = frechet_distance(FeatureStatistics.of(features[:half]), FeatureStatistics.of(features[half : 2 * half]))
+    return f"{warning} Two halves of the teacher's own samples, {half} each, are at FID {apart:.4g}, and are of one model.".strip()
 
 
 def _look(step: int) -> str:
