@@ -142,8 +142,9 @@ def warnings(measured: Measured) -> list[str]:
     if biased is not None:
         floor = measured.scores[measured.rows[0].name]["fid_teacher"].value
         found.append(
-            f"{biased} Two sets of the teacher's own samples, {images} each, are at FID {figure(floor)}: no equal model is "
-            "below. Use these figures to rank rows of this table, which share prompts and noise, and never against figures from elsewhere."
+            f"{biased} Two sets of the teacher's own samples, {images} each, are at FID {figure(floor)} although they are of one model: so much of "
+            "a figure here is bias. Use these figures to rank rows of this table, which share prompts and noise, and never against figures from "
+            "elsewhere."
         )
     if measured.prompts.distinct * measured.config.images_per_prompt < images:
         found.append(
