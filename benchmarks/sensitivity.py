@@ -2,8 +2,10 @@
 
 The committed tiny teacher in 32, 8, 4, 2 and 1 steps, the same prompts and noise in all: fewer steps are worse, by construction. Real images are
 the demo's drawings of the same captions; the teacher's other samples are those of 32 steps from other noise. Each metric is computed by the code
-of the stage `evaluate`, with its interval. A pair of neighbouring step counts is `found` where the interval of their difference, taken resample by
-resample as rows share prompts and noise, lies on the expected side of zero; `inverted` where it lies on the other; else `open`.
+of the stage `evaluate`, with its interval. Diversity is of two pictures a prompt, the row's and one from the noise of the other samples; CLIP
+scores are not among them, for no CLIP weights can be had without a network. A pair of neighbouring step counts is `found` where the interval of
+their difference, taken resample by resample as rows share prompts and noise, lies on the expected side of zero; `inverted` where it lies on the
+other; else `open`.
 
 `--folder` keeps the pictures and features, so that a second call goes on. The last line is JSON: `rows` (steps, scores, intervals) and `pairs`
 (metric, steps, difference, interval, verdict).
@@ -30,10 +32,11 @@ from infra.demo.emoji import captions, render, variant
 from schemas.evaluation import EvaluateConfig
 from schemas.lightning import trailing_timesteps
 from stages.diffusion.pipeline import TeacherPipeline
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.metrics.bootstrap import interval
 from stages.evaluate.metrics.catalogue import METRICS, View
-from stages.evaluate.metrics.perceptual import paired
+from stages.evaluate.metrics.perceptual import diversity, paired
 from stages.evaluate.metrics.sets import FeatureSet
 from stages.evaluate.prompts import assign
 from stages.evaluate.rows import TEACHER, Row
@@ -87,6 +90,8 @@ def scores(config: EvaluateConfig, images: int, seed: int, folder: Path) -> dict
     pictures = {"real": kept(folder / "real.safetensors", lambda: drawn(emoji, pipeline.resolution, derive_seed(seed, "real")))}
     pictures["teacher"] = kept(folder / "reference.safetensors", lambda: sampled(other, STEPS[0]))
     pictures |= {str(steps): kept(folder / f"teacher-{steps}.safetensors", lambda steps=steps: sampled(rows, steps)) for steps in STEPS}
+    again = {STEPS[0]: pictures["teacher"]}
+    again |= {steps: kept(folder / f"again-{steps}.safetensors", lambda steps=steps: sampled(other, steps)) for steps in STEPS[1:]}
     extractor = extractor_spec(config.extractor).build("cpu")
 
     def features(name: str) -> dict[View, FeatureSet]:
@@ -110,7 +115,14 @@ def scores(config: EvaluateConfig, images: int, seed: int, folder: Path) -> dict
 
         return kept(folder / f"lpips-{steps}.safetensors", make)
 
-    return {steps: scoring.score(features(str(steps)), {"lpips_teacher": lpips(steps)}) for steps in STEPS}
+    def diverse(steps: int) -> NDArray[np.float32]:
+        def make() -> NDArray[np.float32]:
+            side_by_side = (picture for pair in zip(pictures[str(steps)], again[steps], strict=True) for picture in pair)
+            return diversity(side_by_side, 2, distance, "cpu")[::2]  # a prompt's two pictures have one number
+
+        return kept(folder / f"diversity-{steps}.safetensors", make)
+
+    return {steps: scoring.score(features(str(steps)), {"lpips_teacher": lpips(steps), "diversity": diverse(steps)}) for steps in STEPS}
 
 
 def compared(found: Mapping[int, Mapping[str, Score]], confidence: float) -> list[dict[str, Any]]:

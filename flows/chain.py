@@ -11,6 +11,7 @@ from flows.gates import go_through_gates
 from flows.patience import tried_again
 from flows.preemption import requeued_when_preempted
 from flows.preparation import Prepared, as_recipe, prepare
+from flows.report import leave_report
 from flows.results import result_storage
 from flows.routing import check_pools, sections_elsewhere
 from flows.run_names import recipe_run_name
@@ -18,7 +19,7 @@ from flows.tasks import Json, run_stage, stage_progress
 from flows.texts import chain_page
 from infra.store import ArtifactStore
 from schemas.errors import GateNotMet
-from schemas.manifest import Evaluation, Manifest
+from schemas.manifest import Manifest
 from schemas.recipe import Recipe
 from stages.gates import check_passes
 
@@ -28,12 +29,12 @@ STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Em
 DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps. Empty: DISTILL_DEVICE of the machine that runs the flow, or cpu."
 
 
-def link_report(manifests: Mapping[str, Manifest], store: ArtifactStore) -> None:
-    """Put a link to the evaluation's report on the run's page."""
-    for manifest in manifests.values():
-        if isinstance(manifest.content, Evaluation):
-            command = "`distill report RECIPE` writes it with the cost of every stage."
-            create_link_artifact(store.file_address(manifest, "report.html"), "report.html", key="report", description=command)
+def link_report(recipe: Recipe, manifests: Mapping[str, Manifest], store: ArtifactStore) -> None:
+    """Leave the report of what has been evaluated on the store, with what it took and how to make it again, and a link to it on the run's page."""
+    address = leave_report(recipe, manifests, store)
+    if address is not None:
+        description = f"{recipe.name}: figures, what every stage took, and the commands that make them again"
+        create_link_artifact(address, "report.html", key="report", description=description)
 
 
 def described(summary: str, **parameters: str) -> str:
@@ -108,4 +109,4 @@ def run_chain(prepared: Prepared, passed: Sequence[str] = ()) -> dict[str, Manif
 def _show(prepared: Prepared, manifests: Mapping[str, Manifest]) -> None:
     name, made = prepared.plan.recipe.name, [node.name for node in prepared.unfinished]
     create_markdown_artifact(chain_page(name, manifests, made, prepared.surroundings.store), key="chain", description=name)
-    link_report(manifests, prepared.surroundings.store)
+    link_report(prepared.plan.recipe, manifests, prepared.surroundings.store)

@@ -1,6 +1,7 @@
 """The report of a chain that has ended: the evaluation's page, with what every stage took and how it was run.
 
-Neither is part of the artifact: equal runs have equal bytes there, whatever they took and wherever they ran.
+Neither is part of the artifact: equal runs have equal bytes there, whatever they took and wherever they ran. Every run that has evaluated leaves the
+page beside the artifact, on the store.
 """
 
 from collections.abc import Mapping
@@ -41,3 +42,11 @@ def chain_report(recipe: Recipe, manifests: Mapping[str, Manifest], store: Artif
     part = chain_part([lineage_row(manifest) for manifest in made], {manifest.identity: manifest.lineage.cost for manifest in made}, run)
     page = (store.fetch(evaluation, ["report.html"]) / "report.html").read_text(encoding="utf-8")
     return replace_chain_part(page, part)
+
+
+def leave_report(recipe: Recipe, manifests: Mapping[str, Manifest], store: ArtifactStore) -> str | None:
+    """Keep the page beside the evaluation among `manifests`, in the place of an earlier run's; its address. None where there is no evaluation."""
+    for manifest in manifests.values():
+        if isinstance(manifest.content, Evaluation):
+            return store.keep_report(manifest, chain_report(recipe, manifests, store))
+    return None

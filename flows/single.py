@@ -6,7 +6,7 @@ from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import StringConstraints
 
-from flows.chain import DEVICE, RECIPE, STORE, described, make_flow
+from flows.chain import DEVICE, RECIPE, STORE, described, link_report, make_flow
 from flows.preparation import prepare
 from flows.results import result_storage
 from flows.run_names import stage_run_name
@@ -41,6 +41,7 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
             )
         manifest, result = run_stage(plan, node, surroundings, {}, result_storage(surroundings.store))
         create_markdown_artifact(manifest_page(manifest, surroundings.store), key=f"{node.name}-result", description=node.stage)
+        link_report(plan.recipe, {node.name: manifest}, surroundings.store)
         return result
 
     run_single.__doc__ = described(

@@ -91,6 +91,24 @@ def local_copy(address: str, folder: Path, wanted: Callable[[str], bool] = lambd
     return target
 
 
+def file_names(address: str) -> list[str]:
+    """Paths of the files of a folder or hub repository, relative to it; of a file its own name. Raises `BadInput` where nothing can be asked."""
+    hub = HubModel.parse(address)
+    if hub is not None:
+        return [file.rfilename for file in _hub_info(hub).siblings]
+    with _reading(address):
+        system, path = fsspec.core.url_to_fs(address)
+        if system.isfile(path):
+            return [Path(path).name]
+        return sorted(str(name)[len(path) :].lstrip("/") for name in system.find(path))
+
+
+def on_this_machine(address: str) -> Path | None:
+    """The path that an address means, where something lies there on this machine."""
+    path = Path(address.removeprefix("file://"))
+    return path if path.exists() else None
+
+
 @contextmanager
 def _reading(address: str) -> Iterator[None]:
     """Turn what fsspec and the libraries behind it raise for an address that cannot be read into `BadInput`; a full disk stays what it is."""

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from schemas.also import TEACHERS, AlsoConfig
 from schemas.base import Field, Mistake, Model, NotIdentity
+from schemas.extractors import Extractor, weights_fit_extractor
 from schemas.finetune import finetune_named
 from schemas.protocols import PATCH_PX, PROTOCOLS, MetricGroup, Protocol
 from schemas.training import PositiveInt
@@ -106,7 +107,7 @@ class ReferenceConfig(Model):
     """`reference`: features of real images from elsewhere, such as COCO's, an artifact of its own that every evaluation with these settings shares.
     Made from the fields of `evaluate` that have these names."""
 
-    extractor: Literal["inception", "efficientnet-lite0"]
+    extractor: Extractor
     resize_px: PositiveInt | None
     patch_px: PositiveInt | None
     """null: no patches."""
@@ -138,8 +139,12 @@ class EvaluateConfig(Model):
     """Step counts the teacher is sampled with; the first, on other noise, is also the reference of the FID against the teacher."""
     teacher_guidance_scale: Annotated[float, Field(ge=1)] = 7.0
     """Imagen-convention scale of the teacher's rows."""
-    extractor: Literal["inception", "efficientnet-lite0"] = "inception"
-    """Feature network of the FID. `inception`: clean-fid's own, downloaded at first use. `efficientnet-lite0`: carried by a package."""
+    extractor: Extractor = "inception"
+    """Feature network of the FID. `inception`: clean-fid's own. `efficientnet-lite0`: ImageNet's, carried by a package. `transformers`: any image
+    model in transformers' layout, such as DINOv2 or CLIP, by `extractor_weights`: its pooled features."""
+    extractor_weights: Annotated[str | None, NotIdentity] = None
+    """For `inception` the file `inception-2015-12-05.pt`, or a folder with it; null: clean-fid downloads it at first use. For `transformers` a
+    folder, address or hub id of a model with safetensors. Identity has their content."""
     metrics: tuple[MetricGroup, ...] = ("fid",)
     """What is measured, against real images and against other samples of the teacher: FID; `patch_fid` of a crop of the centre; KID; precision and
     recall; density and coverage. `clip_score`: pictures against their prompts, by `clip_model`. `lpips`: pictures against the reference's of the same
@@ -217,7 +222,7 @@ def _metrics_can_be_computed(config: EvaluateConfig) -> Iterator[Mistake]:
         yield ("images_per_prompt",), config.images_per_prompt, "metrics has diversity: expected at least 2"
 
 
-EvaluateConfig.cross_checks = (_entries_have_names_of_their_own, _metrics_can_be_computed)
+EvaluateConfig.cross_checks = (_entries_have_names_of_their_own, _metrics_can_be_computed, weights_fit_extractor)
 
 
 class PublishConfig(Model):

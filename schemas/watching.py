@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from schemas.base import Field, Mistake, Model, PositiveInt
+from schemas.base import Field, Mistake, Model, NotIdentity, PositiveInt
+from schemas.extractors import Extractor, weights_fit_extractor
 
 
 class Alarms(Model):
@@ -65,8 +66,13 @@ class Watch(Model):
     """Steps of the teacher's images that the FID refers to, drawn once."""
     teacher_guidance_scale: Annotated[float, Field(ge=1)] = 7.0
     """Imagen-convention scale of the teacher's images."""
-    extractor: Literal["inception", "efficientnet-lite0"] = "inception"
+    extractor: Extractor = "inception"
     """Feature network of the FID, as in `evaluate`."""
+    extractor_weights: Annotated[str | None, NotIdentity] = None
+    """Its weights, as in `evaluate`. Identity has their content."""
     grid_images: Annotated[int, Field(ge=1, le=32)] = 8
     """Images shown of each look."""
     batch_size: PositiveInt = 8
+
+
+Watch.cross_checks = (weights_fit_extractor,)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from schemas.base import Model, digest
 from schemas.errors import BadInput
 from schemas.evaluation import PERCEPTUAL, EvaluateConfig
+from schemas.extractors import EXTRACTOR_WEIGHTS
 from schemas.finetune import finetune_run
 from schemas.recipe import Recipe
+from schemas.training import StudentTraining
 from stages.registry import stage
 
 Source = str | tuple[str, ...]
@@ -100,24 +102,24 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         for run in recipe.lightning.runs():
             inputs: dict[str, Source] = {"teacher": teacher, "latents": recipe.lightning.latents}
             inputs |= {name: source for name, source in (("source", run.teacher), ("start", run.start)) if source is not None}
-            nodes.append(Node(run.name, "lightning", run.config, seed, inputs))
+            nodes.append(Node(run.name, "lightning", run.config, seed, inputs, _watch_outside(run.config)))
             students += [run.name] if run.published else []
     if recipe.lcm is not None:
         inputs = {"teacher": teacher, "latents": recipe.lcm.latents}
-        nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start)))
+        nodes.append(Node("lcm", "lcm", recipe.lcm, seed, inputs, _outside(start=recipe.lcm.start) | _watch_outside(recipe.lcm)))
         students.append("lcm")
     if recipe.dmd is not None:
         inputs = {"teacher": teacher, "latents": "encode"}
         inputs |= {"pairs": "pairs"} if recipe.dmd.reads_pairs else {}
         regression = recipe.dmd.regression
         places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
-        nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places)))
+        nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places) | _watch_outside(recipe.dmd)))
         students.append("dmd")
     if recipe.evaluate is not None:
         read = dict.fromkeys(run for entry in recipe.evaluate.transfer for run in entry.finetuned().values())
         inputs = selected | {"teacher": teacher, "latents": "encode", "students": tuple(students), "finetuned": tuple(read)}
         if recipe.evaluate.reference is not None:
-            own = {"reference": recipe.evaluate.reference}
+            own = _outside(reference=recipe.evaluate.reference, extractor_weights=recipe.evaluate.extractor_weights)
             nodes.append(Node("reference", "reference", recipe.evaluate.reference_config(), seed, outside=own))
             inputs["reference"] = "reference"
         nodes.append(Node("evaluate", "evaluate", recipe.evaluate, seed, inputs, _evaluate_outside(recipe.evaluate)))
@@ -131,12 +133,17 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
 def _evaluate_outside(config: EvaluateConfig) -> dict[str, str]:
     places = _outside(
         prompts=config.prompts,
+        extractor_weights=config.extractor_weights,
         clip_model=config.clip_model if "clip_score" in config.metrics else None,
         perceptual_vgg=config.perceptual.vgg if PERCEPTUAL & set(config.metrics) else None,
     )
     for entry in config.transfer:
         places |= entry.outside()
     return places | {also.outside_name: also.path for also in config.also}
+
+
+def _watch_outside(config: StudentTraining) -> dict[str, str]:
+    return {} if config.watch is None else _outside(**{f"watch.{EXTRACTOR_WEIGHTS}": config.watch.extractor_weights})
 
 
 def _outside(**addresses: str | None) -> dict[str, str]:

@@ -82,8 +82,8 @@ STAGES: dict[str, Stage] = {
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=3),
         Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd"),
         Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference", part_of="evaluate"),
-        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=4),
-        Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),
+        Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=5),
+        Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=4),
     )
 }
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import pytest
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -75,6 +76,27 @@ class Tab:
         """Addresses that were asked for, the file itself and data in it left out."""
         sent = [event["params"]["request"]["url"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [url for url in sent if not url.startswith("data:")][1:]
+
+
+WINDOWS: Final = ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark"))
+"""Widths (CSS pixels) and colour schemes that a report is looked at in."""
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is on the PATH to open the page in"
+)
+
+
+def assert_fits_and_is_quiet(tab: Tab, page: Path, width: int, scheme: str) -> None:
+    """Nothing but what scrolls by itself is wider than the window, every picture is there, and nothing is asked for or complained of."""
+    tab.open(page, width, scheme=scheme)
+    assert tab.js("document.documentElement.scrollWidth") == width
+    assert tab.js("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    lightness = tab.js(
+        "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765"
+    )
+    assert lightness > 0.9 if scheme == "light" else lightness < 0.2
+    assert tab.complaints() == []
+    assert tab.requests() == []
 
 
 @contextmanager

@@ -109,7 +109,10 @@ def print_chain(manifests: Mapping[str, Manifest], made: Collection[str], store:
     output.print(table)
     for manifest in manifests.values():
         if isinstance(manifest.content, Evaluation) and any(entry.path == "report.html" for entry in manifest.files):
-            output.print(f"report: {store.fetch(manifest) / 'report.html'}")
+            kept = store.report_address(manifest)  # a chain's, with what it took; a stage's run alone has left none
+            output.print(
+                f"report: {store.fetch(manifest, ['report.html']) / 'report.html' if kept is None else kept.removeprefix('file://')}"
+            )
         if isinstance(manifest.content, Selection) and any(entry.path == "report.html" for entry in manifest.files):
             output.print(f"selection: {store.fetch(manifest, ['report.html']) / 'report.html'}")
         if isinstance(manifest.content, PublishedModel):

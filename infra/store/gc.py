@@ -16,6 +16,7 @@ from schemas.manifest import Manifest
 logger = logging.getLogger(__name__)
 
 ARTIFACTS = "artifacts"
+REPORTS = "reports"
 CHECKPOINT = re.compile(r"^checkpoint-\d+$")
 IDENTITY = re.compile(r"^[0-9a-f]{64}$")
 
@@ -52,6 +53,10 @@ def collect(
     for identity, infos in _by_identity(storage, parts.PARTS):
         found = list(_spent_parts(storage, find, identity, infos, before, keep_checkpoints=keep_checkpoints))
         items += _removed(storage, found, dry_run=dry_run)
+    for identity, infos in _by_identity(storage, REPORTS):
+        if _manifest_or_leave(find, identity) == (None, False):
+            gone = [_item(info, "page about an artifact that is no more") for info in infos if info.modified <= before]
+            items += _removed(storage, gone, dry_run=dry_run)
     for identity, infos in _by_identity(storage, LEASES):
         if not has_live_lease(storage, identity):
             dead = [_item(info, "lease of a run that is no more") for info in infos if info.modified <= before]

@@ -5,6 +5,7 @@ artifacts/<identity>/manifest.json                  written last, create-only: w
 parts/<identity>/<name>/...                         finished pieces of unfinished artifacts
 leases/<identity>/<generation>.json                 who works on what
 latest/<recipe>/<stage run>                         identity of the newest artifact
+reports/<identity>/report.html                      what a run tells of an artifact that is no part of it
 """
 
 import copy
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from infra.store import lease, parts, safetensors_header, transfer
 from infra.store.cache import ReadCache
 from infra.store.filesystem import Storage, open_storage
-from infra.store.gc import ARTIFACTS, GcReport, collect
+from infra.store.gc import ARTIFACTS, REPORTS, GcReport, collect
 from infra.store.local import copy_hashed
 from infra.store.metered import MeteredStorage, Traffic
 from infra.store.parts import Part
@@ -139,6 +140,17 @@ class ArtifactStore:
                 f"latest:{recipe}: no artifact of its stage run {node} is in {self.address}; expected one that has run there"
             ) from None
         return self.resolve(identity)
+
+    def keep_report(self, manifest: Manifest[Any], page: str) -> str:
+        """Keep a page about an artifact beside it, in the place of an earlier one; return its address."""
+        key = f"{REPORTS}/{manifest.identity}/report.html"
+        self._storage.put(key, page.encode())
+        return f"{self.address}/{key}"
+
+    def report_address(self, manifest: Manifest[Any]) -> str | None:
+        """Where the page about an artifact lies that was kept beside it; None where none was."""
+        found = next(iter(self._storage.objects(f"{REPORTS}/{manifest.identity}/")), None)
+        return None if found is None else f"{self.address}/{found.key}"
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield every artifact's manifest, sorted by identity. One that cannot be read is logged and passed over."""
@@ -362,7 +374,8 @@ class ArtifactStore:
     def gc(self, *, dry_run: bool = True, older_than: timedelta = timedelta(days=1), keep_checkpoints: int = 2) -> GcReport:
         """Find what nothing needs, and delete it unless `dry_run`. Never touches an identity whose lease is held.
 
-        That is: files no manifest names, torn parts, unfinished writes and leases of dead runs, all older than the age; every part of a
+        That is: files no manifest names, torn parts, unfinished writes, pages about artifacts that are no more and leases of dead runs, all older
+        than the age; every part of a
         finished artifact; checkpoints (parts named `checkpoint-<number>`) beyond the newest few of each artifact.
         """
         return collect(self._storage, self.find, dry_run=dry_run, older_than=older_than, keep_checkpoints=keep_checkpoints)

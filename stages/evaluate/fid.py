@@ -7,6 +7,7 @@ is neither.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,11 @@ from numpy.typing import NDArray
 from schemas.errors import BadInput
 
 Array = NDArray[np.float64]
+
+FEWEST_IMAGES: Final = 2048
+"""Below so many a FID means nothing by itself: Inception's features, whose covariance has no full rank then."""
+SETTLED_IMAGES: Final = 10_000
+"""What published protocols take at least."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +69,19 @@ def check_dimensions(first: FeatureStatistics, second: FeatureStatistics) -> Non
     """Raise `BadInput` unless both are statistics of as many features."""
     if first.dimensions != second.dimensions:
         raise BadInput(f"features of {first.dimensions} and {second.dimensions} dimensions cannot be compared")
+
+
+def bias_warning(images: int, dimensions: int) -> str | None:
+    """What a reader must know of FIDs of so many images, with features of so many dimensions; None where that is little.
+
+    The expectation of a FID is that of its limit and c / images, with a c that depends on the model (Chong and Forsyth, arXiv 1911.07023).
+    """
+    least = max(FEWEST_IMAGES, dimensions)
+    if images < least:
+        return (
+            f"FID of {images} images with {dimensions} features means nothing by itself: of fewer than {least} the covariance cannot be estimated, "
+            "and most of the figure is bias, which falls with their number."
+        )
+    if images < SETTLED_IMAGES:
+        return f"FID of {images} images is biased upwards, by what falls as one over their number: it compares with figures of as many images alone."
+    return None

@@ -10,7 +10,6 @@ from typing import Any
 
 from schemas.base import Sha256, digest
 from schemas.errors import CorruptArtifact
-from schemas.evaluation import ReferenceConfig
 from schemas.manifest import Evaluation, Manifest
 from stages.evaluate.metrics.catalogue import View
 from stages.evaluate.rows import Row
@@ -29,11 +28,12 @@ def key_of(**made_of: Any) -> Sha256:
     return digest({"revision": stage("evaluate").revision, **made_of})
 
 
-def row_key(row: Row, sampler: Sampler, looks: ReferenceConfig, shown: Sequence[View], weights: Mapping[str, Any]) -> Sha256:
-    """Digest of all that a row's samples and features follow from; `weights` says by digests what draws it, and on what pictures."""
+def row_key(row: Row, sampler: Sampler, looks: Mapping[str, Any], shown: Sequence[View], weights: Mapping[str, Any]) -> Sha256:
+    """Digest of all that a row's samples and features follow from; `looks` says how features are made of them, `weights` by
+    digests what draws it, and on what pictures."""
     drawn = {name: value for name, value in asdict(row).items() if name not in _NAMES}
     shared = {"prompts": sampler.prompts.digest, "seed": sampler.seed, "batch_size": sampler.batch_size}
-    return key_of(row=drawn, looks=looks.identity_fields(), shown=list(shown), weights=dict(weights), **shared)
+    return key_of(row=drawn, looks=dict(looks), shown=list(shown), weights=dict(weights), **shared)
 
 
 def samples_folder(folder: Path, slug: str) -> Path:

@@ -19,14 +19,17 @@ class Published:
     protocol: Protocol
     """The settings of it that `evaluate.protocol` has."""
     metrics: tuple[str, ...]
+    """By the names among a row's scores."""
     models: Mapping[str, Mapping[int, FewFigures]]
     """By the model's name and the evaluations of its network that a picture takes."""
     note: str = ""
 
-    @property
-    def steps(self) -> list[int]:
-        """Step counts that occur, most first."""
-        return sorted({count for by_steps in self.models.values() for count in by_steps}, reverse=True)
+    def of(self, metric: str) -> dict[str, dict[int, str]]:
+        """Figures of one metric, by model and step count; none where the paper has none."""
+        if metric not in self.metrics:
+            return {}
+        place = self.metrics.index(metric)
+        return {model: {steps: figures[place] for steps, figures in by_steps.items()} for model, by_steps in self.models.items()}
 
 
 PUBLISHED: Final = (
@@ -34,7 +37,7 @@ PUBLISHED: Final = (
         title="SDXL-Lightning",
         source="arXiv 2402.13929, table 2: 10K prompts of COCO, 1024 px",
         protocol="lightning-coco10k",
-        metrics=("FID", "patch FID", "CLIP score"),
+        metrics=("fid_real", "patch_fid_real", "clip_score"),
         models={
             "SDXL": {32: ("18.49", "35.89", "26.48")},
             "Lightning": {
@@ -53,18 +56,24 @@ PUBLISHED: Final = (
         title="DMD2",
         source="arXiv 2405.14867: 10K prompts of COCO, SDXL at guidance 6",
         protocol="dmd2-coco10k",
-        metrics=("FID", "patch FID", "CLIP score"),
+        metrics=("fid_real", "patch_fid_real", "clip_score"),
         models={
             "SDXL": {100: ("19.36", "21.38", ".332")},
             "DMD2": {4: ("19.32", "20.86", ".332"), 1: ("19.01", "26.98", ".336")},
         },
+        note="Its CLIP score is the cosine itself.",
     ),
     Published(
         title="DMD",
         source="arXiv 2311.18828: 30K prompts of COCO 2014, Stable Diffusion 1.5 at guidance 3",
         protocol="dmd-coco30k",
-        metrics=("FID",),
+        metrics=("fid_real",),
         models={"DMD": {1: ("11.49",)}},
         note="Its teacher: 8.78.",
     ),
 )
+
+
+def published_beside(protocol: Protocol | None) -> tuple[Published, ...]:
+    """Tables that are shown beside figures of a protocol's settings: its own; without one all."""
+    return tuple(paper for paper in PUBLISHED if protocol in (None, paper.protocol))

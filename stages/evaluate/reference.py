@@ -11,9 +11,10 @@ from infra.outside import local_copy
 from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.evaluation import ReferenceConfig
+from schemas.extractors import EXTRACTOR_WEIGHTS
 from schemas.manifest import Manifest, ReferenceSet
 from schemas.recipe import Recipe
-from stages.evaluate.features import extractor_spec
+from stages.evaluate.features import check_extractor, open_extractor
 from stages.evaluate.metrics.sets import FeatureSet
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.samples import Pixels
@@ -30,8 +31,8 @@ class Inputs(Model):
 
 
 def preflight(config: ReferenceConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
-    """Look for the extractor's packages, and for pictures where the folder is on this machine. Raises `BadInput`."""
-    extractor_spec(config.extractor)
+    """Look for what the extractor needs, and for pictures where the folder is on this machine. Raises `BadInput`."""
+    check_extractor(config.extractor, outside)
     folder = Path(outside["reference"].removeprefix("file://"))
     if folder.exists():
         picture_files(folder)
@@ -40,10 +41,10 @@ def preflight(config: ReferenceConfig, outside: Mapping[str, str], _recipe: Reci
 def run(config: ReferenceConfig, _inputs: Inputs, workspace: Workspace) -> Manifest[ReferenceSet]:
     """Make the artifact `reference_set`. Raises `BadInput` for a folder of fewer than two pictures, and for a picture that is broken or smaller than
     a patch."""
-    spec = extractor_spec(config.extractor)
+    network = open_extractor(config.extractor, workspace.outside, workspace.scratch, workspace.device)
     source = local_copy(workspace.outside["reference"], workspace.scratch, lambda path: path.lower().endswith(SUFFIXES))
     paths = picture_files(source)
-    viewer = Viewer(config, spec, workspace.device, Pieces(workspace))
+    viewer = Viewer(config, network, workspace.device, Pieces(workspace))
     sets = viewer.look("reference", lambda: _pictures(paths, workspace), views_of(config))
     with workspace.folder("reference") as folder:
         for view, of in sets.items():
@@ -54,9 +55,11 @@ def run(config: ReferenceConfig, _inputs: Inputs, workspace: Workspace) -> Manif
 def read_reference(manifest: Manifest[ReferenceSet], config: ReferenceConfig, workspace: Workspace) -> Sets:
     """Features of the artifact. Raises `BadInput` where it lacks what the evaluation's settings ask for: one given in the place of the plan's own."""
     folder, views = workspace.fetch(manifest), views_of(config)
-    if manifest.content.extractor != config.extractor or any(not (folder / f"{view}.safetensors").exists() for view in views):
+    other = manifest.lineage.inputs.get(EXTRACTOR_WEIGHTS) != workspace.lineage.inputs.get(EXTRACTOR_WEIGHTS)
+    if manifest.content.extractor != config.extractor or other or any(not (folder / f"{view}.safetensors").exists() for view in views):
         found = f"reference {manifest.identity[:12]}: features of {manifest.content.extractor}"
-        raise BadInput(f"{found}; expected {', '.join(views)} of {config.extractor}")
+        weights = " with other weights" if other else ""
+        raise BadInput(f"{found}{weights}; expected {', '.join(views)} of {config.extractor}")
     return {view: FeatureSet(load_file(folder / f"{view}.safetensors")["features"]) for view in views}
 
 

@@ -1,7 +1,7 @@
 """The report: one HTML file that asks nothing of any server, the same bytes for the same figures."""
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 from stages.evaluate.curves import TrainingCurves
 from stages.evaluate.grid import Group, Pixels, thumbnail
 from stages.evaluate.metrics.catalogue import METRICS
-from stages.evaluate.published import PUBLISHED
+from stages.evaluate.published import Published, published_beside
 from stages.evaluate.summary import figure
 from stages.reports.chain import chain_part
 from stages.reports.charts import Series, line_chart, swatch
@@ -42,19 +42,20 @@ def render_report(
     environment = page_environment("stages.evaluate")
     environment.filters |= {"figure": figure}
     families = list(dict.fromkeys(row["family"] for row in summary["rows"]))
+    published = published_beside(summary["config"].get("protocol"))
     slots = {family: number % _COLOURS for number, family in enumerate(families)}
     return environment.get_template("report.html.j2").render(
         summary=summary,
         reference=summary["rows"][0],
         students=len({row["model"] for row in summary["rows"]} - {"teacher"}),
         legend=[(family, swatch(slots[family])) for family in families],
-        tables=[_table(summary, metric, title, slots) for metric, title in summary["metrics"].items()],
+        tables=[_table(summary, metric, title, slots, published) for metric, title in summary["metrics"].items()],
         charts=[_quality(summary, metric, title, families, slots) for metric, title in summary["metrics"].items()],
         timings=_timings(summary),
         latencies=[
             _latency(summary, metric, title, families, slots) for metric, title in summary["metrics"].items() if metric in _HEADLINE
         ],
-        published=PUBLISHED,
+        published=[paper for paper in published if any(paper.of(metric) for metric in summary["metrics"])],
         transfers=[_transfer(entry) | {"grid": _grid(transferred[entry["name"]])} for entry in summary.get("transfers", ())],
         tiles=_tiles(summary),
         grid=_grid(grid),
@@ -79,24 +80,37 @@ def _tiles(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
-def _table(summary: Mapping[str, Any], metric: str, title: str, slots: Mapping[str, int]) -> dict[str, Any]:
-    """One metric: a line a family, a column a step count, with intervals; the best of each column is marked."""
+def _table(summary: Mapping[str, Any], metric: str, title: str, slots: Mapping[str, int], published: Sequence[Published]) -> dict[str, Any]:
+    """One metric: a line a family, a column a step count, with intervals; the best of each column is marked. Below, what papers published."""
     figures = {(row["family"], row["steps"]): (row["scores"][metric], row["intervals"][metric]) for row in summary["rows"]}
-    steps, lines = _lines(figures, better=max if METRICS[metric].higher_is_better else min)
-    return {"title": title, "steps": steps, "lines": [line | {"swatch": swatch(slots[line["family"]])} for line in lines]}
+    papers = [(paper, paper.of(metric)) for paper in published if paper.of(metric)]
+    theirs = {steps for _, models in papers for by_steps in models.values() for steps in by_steps}
+    steps, lines = _lines(figures, max if METRICS[metric].higher_is_better else min, theirs)
+    return {
+        "title": title,
+        "steps": steps,
+        "lines": [line | {"swatch": swatch(slots[line["family"]])} for line in lines],
+        "published": [
+            {"title": paper.title, "lines": [(model, [of_model.get(count, "") for count in steps]) for model, of_model in models.items()]}
+            for paper, models in papers
+        ],
+    }
 
 
 def _transfer(entry: Mapping[str, Any]) -> dict[str, Any]:
     """One changed teacher: a line a family, the teacher itself first, a column a step count."""
     steps, lines = _lines({(row["family"], row["steps"]): (row["fid_teacher"], row["interval"]) for row in entry["rows"]}, better=min)
-    return {"name": entry["name"], "changed": entry["changed"], "steps": steps, "lines": lines}
+    return {"name": entry["name"], "changed": entry["changed"], "steps": steps, "lines": lines, "published": []}
 
 
 def _lines(
-    figures: Mapping[tuple[str, int], tuple[float, Sequence[float]]], better: Callable[[Iterable[float]], float]
+    figures: Mapping[tuple[str, int], tuple[float, Sequence[float]]],
+    better: Callable[[Iterable[float]], float],
+    others: Collection[int] = (),
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Step counts, descending, and a line a family of what each cell shows; `figures` with their intervals by family and step count."""
-    steps = sorted({count for _, count in figures}, reverse=True)
+    """Step counts, descending, and a line a family of what each cell shows; `figures` with their intervals by family and step count; `others`
+    are step counts that have a column too."""
+    steps = sorted({count for _, count in figures} | set(others), reverse=True)
     rivals = {count: [value for (_, own), (value, _) in figures.items() if own == count] for count in steps}
     best = {count: better(values) for count, values in rivals.items() if len(values) > 1}
     empty = {"text": "", "range": [], "best": False}
@@ -120,7 +134,9 @@ def _timings(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             "family": row["family"],
             "steps": str(row["steps"]),
             "latency": f"{timing['latency_seconds']:.3g}",
+            "latency_range": _range(timing["latency_interval"]),
             "throughput": f"{timing['images_per_second']:.3g}",
+            "throughput_range": _range(timing["throughput_interval"]),
             "batch": str(timing["batch_size"]),
             "memory": "" if timing["peak_memory_bytes"] is None else f"{timing['peak_memory_bytes'] / 2**30:.2f}",
             "device": timing["device"],
@@ -128,6 +144,10 @@ def _timings(summary: Mapping[str, Any]) -> list[dict[str, str]]:
         for row in summary["rows"]
         if (timing := row.get("timing")) is not None
     ]
+
+
+def _range(ends: Sequence[float]) -> str:
+    return "–".join(f"{end:.3g}" for end in ends)
 
 
 def _quality(summary: Mapping[str, Any], metric: str, title: str, families: Sequence[str], slots: Mapping[str, int]) -> dict[str, Any]:

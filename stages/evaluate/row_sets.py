@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from schemas.base import Sha256
 from schemas.evaluation import ReferenceConfig
+from schemas.extractors import EXTRACTOR_WEIGHTS
 from stages.diffusion.denoiser import Denoiser
-from stages.evaluate.features import ExtractorSpec
+from stages.evaluate.feature_network import FeatureNetwork
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.metrics.catalogue import View
 from stages.evaluate.past import PastRows, features_file, key_of, numbers_file, row_key, samples_folder
@@ -32,12 +33,16 @@ Numbers = NDArray[np.float32]
 class RowSets:
     """The sets of one evaluation, whose samples and features lie in its `folder`."""
 
-    def __init__(self, folder: Path, looks: ReferenceConfig, spec: ExtractorSpec, pieces: Pieces, workspace: Workspace) -> None:
+    def __init__(self, folder: Path, looks: ReferenceConfig, network: FeatureNetwork, pieces: Pieces, workspace: Workspace) -> None:
         self.folder, self.looks, self.pieces, self.workspace = folder, looks, pieces, workspace
         self.keys: dict[str, Sha256] = {}
         """By the name of a set's files, what they follow from."""
         self._past = PastRows(workspace)
-        self._viewer = Viewer(looks, spec, workspace.device, pieces)
+        self._viewer = Viewer(looks, network, workspace.device, pieces)
+        self._looked: dict[str, Any] = looks.identity_fields()
+        """What features follow from beside the pictures; weights of unknown content are this evaluation's own."""
+        if EXTRACTOR_WEIGHTS in workspace.outside:
+            self._looked[EXTRACTOR_WEIGHTS] = workspace.lineage.inputs.get(EXTRACTOR_WEIGHTS, workspace.identity)
 
     def of_row(
         self,
@@ -52,7 +57,7 @@ class RowSets:
         views = views_of(self.looks) if shown is None else shown
         file, samples = features_file(self.folder, row.slug), samples_folder(self.folder, row.slug)
         if weights is not None:
-            self.keys[row.slug] = row_key(row, sampler, self.looks, views, weights)
+            self.keys[row.slug] = row_key(row, sampler, self._looked, views, weights)
         if weights is not None and self._past.take(self.keys[row.slug], row.slug, self.folder):
             sampler.tick(len(sampler.prompts.images))
         else:
@@ -83,7 +88,7 @@ class RowSets:
         name = "real"
         file = features_file(self.folder, name)
         sources = {"images": inputs.images.identity, "selection": inputs.selection.identity}
-        self.keys[name] = key_of(**sources, side=resolution, looks=self.looks.identity_fields())
+        self.keys[name] = key_of(**sources, side=resolution, looks=self._looked)
         if not self._past.take(self.keys[name], name, self.folder):
             chosen = SelectedPictures.open(inputs.images, inputs.selection, self.workspace)
             keep_sets(self._viewer.selected(chosen, resolution), file)

@@ -7,18 +7,19 @@ from typing import Any, Self
 
 import torch
 
-from infra.outside import local_copy
+from infra.outside import file_names, local_copy
 from schemas.dmd import RegressionConfig
 from schemas.errors import BadInput
 from schemas.evaluation import PERCEPTUAL, EvaluateConfig, PerceptualConfig
 from stages.evaluate.metrics.catalogue import PICTURE_METRICS
-from stages.evaluate.metrics.clip_score import ClipScorer, check_clip, is_wanted
+from stages.evaluate.metrics.clip_score import ClipScorer, check_clip
 from stages.evaluate.metrics.perceptual import Distance, diversity, paired
 from stages.evaluate.past import samples_folder
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.row_sets import Numbers, RowSets
 from stages.evaluate.samples import read_pictures
 from stages.perceptual import build, check_packages
+from stages.transformers_files import is_model_file
 from stages.workspace import Workspace
 
 
@@ -44,7 +45,7 @@ class Singles:
         `resolution` pixels are too small for."""
         clip = None
         if "clip_score" in config.metrics:
-            folder = local_copy(workspace.outside["clip_model"], workspace.scratch, is_wanted)
+            folder = local_copy(workspace.outside["clip_model"], workspace.scratch, is_model_file)
             clip = ClipScorer.load(folder, workspace.device, config.clip_prefix)
         distance = None
         if PERCEPTUAL & set(config.metrics):
@@ -98,12 +99,11 @@ def _check_size(distance: Distance, resolution: int, config: PerceptualConfig, d
 
 
 def check_singles(config: EvaluateConfig, outside: Mapping[str, str]) -> None:
-    """Look for packages, and at a CLIP model on this machine. Raises `BadInput`."""
+    """Look for packages, and at the names of a CLIP model's files, wherever they are. Raises `BadInput`."""
     if PERCEPTUAL & set(config.metrics):
         check_packages(_as_regression(config.perceptual), "evaluate.perceptual")
-    clip = Path(outside.get("clip_model", "").removeprefix("file://"))
-    if "clip_model" in outside and clip.exists():
-        check_clip(clip)
+    if (clip := outside.get("clip_model")) is not None:
+        check_clip(file_names(clip), f"evaluate.clip_model {clip}")
 
 
 def _as_regression(config: PerceptualConfig) -> RegressionConfig:

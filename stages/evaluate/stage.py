@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.outside import local_copy
 from schemas.evaluation import EvaluateConfig
+from schemas.extractors import EXTRACTOR_WEIGHTS
 from schemas.manifest import Evaluation, Manifest
 from schemas.recipe import Recipe
 from stages.diffusion.denoiser import Denoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.evaluate.also import Also, open_also, preflight_also
 from stages.evaluate.curves import TrainingCurves, read_curves
-from stages.evaluate.features import extractor_spec
+from stages.evaluate.features import check_extractor, open_extractor
 from stages.evaluate.grid import draw_grid, grid_groups
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.past import samples_folder
@@ -30,7 +30,8 @@ from stages.evaluate.rows import TEACHER, Row, rows_of
 from stages.evaluate.samples import Sampler, first_pictures, scheduler_of
 from stages.evaluate.scoring import Score, Scoring, check_scoring
 from stages.evaluate.singles import Singles, check_singles
-from stages.evaluate.summary import Measured, Sources, summarise
+from stages.evaluate.summary import Features, Measured, Sources, summarise
+from stages.evaluate.tables import write_tables
 from stages.evaluate.timing import Timing, time_row
 from stages.evaluate.transfer import Transfer, open_transfers, preflight_transfers, summarise_transfers
 from stages.students import load_student, weight_files
@@ -39,11 +40,11 @@ from stages.workspace import Workspace
 
 
 def preflight(config: EvaluateConfig, outside: Mapping[str, str], recipe: Recipe) -> None:
-    """Look for the networks' packages, and at a prompts file, a CLIP model and checkpoints on this machine, hours before they are needed.
+    """Look at the networks, and at a prompts file and checkpoints on this machine, hours before they are needed.
 
     Raises `BadInput`.
     """
-    extractor_spec(config.extractor)
+    check_extractor(config.extractor, outside)
     preflight_transfers(config, outside)
     preflight_also(config, outside, recipe)
     if "prompts" in outside and "://" not in outside["prompts"].removeprefix("file://"):
@@ -54,10 +55,11 @@ def preflight(config: EvaluateConfig, outside: Mapping[str, str], recipe: Recipe
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Evaluation]:
     """Sample, measure and report.
 
-    Raises `BadInput` for an extractor whose packages are missing, an empty prompts file, too few images for a metric, a patch larger than the
-    teacher's pictures, weights that cannot be had, and a student whose timesteps its sampler does not have, all before anything is sampled.
+    Raises `BadInput` for an extractor whose packages are missing or whose weights cannot be had, an empty prompts file, too few images for a metric,
+    a patch larger than the teacher's pictures, weights that cannot be had, and a student whose timesteps its sampler does not have, all before
+    anything is sampled.
     """
-    spec = extractor_spec(config.extractor)
+    network = open_extractor(config.extractor, workspace.outside, workspace.scratch, workspace.device)
     seed = workspace.seed if config.seed is None else config.seed
     prompts = _prompts(config, inputs, workspace, seed)
     pipeline = TeacherPipeline.load(workspace.fetch(inputs.teacher), workspace.device)
@@ -77,7 +79,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
     pieces, looks = Pieces(workspace), config.reference_config()
     singles = Singles.open(config, prompts, workspace, pipeline.resolution)
     with workspace.folder("evaluation") as folder:
-        sets = RowSets(folder, looks, spec, pieces, workspace)
+        sets = RowSets(folder, looks, network, pieces, workspace)
         teacher = {"teacher": inputs.teacher.identity}
         of_teacher = sets.of_row(replace(rows[0], model="reference"), other_noise, pipeline.denoiser, teacher)
         given = inputs.reference
@@ -91,7 +93,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             own = sets.of_row(row, sampler, load, None if made_of is None else teacher | made_of)
             scores[row.name] = scoring.score(own, singles.of_row(row.slug, rows[0].slug, sets))
             if config.timing is not None:
-                timings[row.name] = _timing(row, load, sampler, config.timing, pieces)
+                timings[row.name] = _timing(row, load, sampler, config, pieces)
 
         elsewhere: dict[str, Score] = {}
         for transfer in transfers:
@@ -103,7 +105,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
             rows=rows,
             scores=scores,
             prompts=prompts,
-            extractor=spec,
+            extractor=Features(network.title, of_teacher["whole"].statistics.dimensions, workspace.lineage.inputs.get(EXTRACTOR_WEIGHTS)),
             real_images=real_images,
             timings=timings,
             also=others,
@@ -112,6 +114,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Manifes
         grids = _draw_grids(folder, measured, transfers)
         _write_report(folder, measured, inputs, grids, workspace)
         found = scores | {name: {"fid_teacher": score} for name, score in elsewhere.items()}
+        write_tables(folder, [*rows, *(row for transfer in transfers for row in transfer.rows)], found)
         values = {name: {metric: score.value for metric, score in of_row.items()} for name, of_row in found.items()}
         intervals = {name: {metric: (score.low, score.high) for metric, score in of_row.items()} for name, of_row in found.items()}
         return workspace.publish(folder, Evaluation(scores=values, intervals=intervals, prompts=prompts.distinct, rows=sets.keys))
@@ -155,11 +158,11 @@ def _student_denoiser(row: Row, pipeline: TeacherPipeline, inputs: Inputs, works
     return load_student(pipeline, manifest, workspace.fetch(manifest, weight_files(manifest)))
 
 
-def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, repeats: int, pieces: Pieces) -> Timing:
+def _timing(row: Row, load: Callable[[], Denoiser], sampler: Sampler, config: EvaluateConfig, pieces: Pieces) -> Timing:
     with pieces.piece(f"timing-{row.slug}") as (folder, made):
         path = folder / "timing.json"
         if not made:
-            path.write_text(json.dumps(time_row(row, load(), sampler, repeats).as_json()), encoding="utf-8")
+            path.write_text(json.dumps(time_row(row, load(), sampler, config).as_json()), encoding="utf-8")
         return Timing(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -181,7 +184,6 @@ def _draw_grids(folder: Path, measured: Measured, transfers: Sequence[Transfer])
 
 
 def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mapping[str, GridPictures], workspace: Workspace) -> None:
-    rows = measured.rows
     summary = summarise(
         measured,
         Sources(
@@ -198,24 +200,6 @@ def _write_report(folder: Path, measured: Measured, inputs: Inputs, grids: Mappi
     )
     (folder / "report.json").write_text(json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render_report(summary, grids[""], grids, _curves(inputs, workspace)), encoding="utf-8")
-    table = [
-        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps} | _columns(measured.scores[row.name])
-        for row in rows
-    ]
-    pq.write_table(pa.Table.from_pylist(table), folder / "scores.parquet")
-    long = [
-        {"row": row.name, "model": row.model, "family": row.family, "steps": row.steps, "metric": metric}
-        | {"value": score.value, "low": score.low, "high": score.high}
-        for row in rows
-        for metric, score in measured.scores[row.name].items()
-    ]
-    pq.write_table(pa.Table.from_pylist(long), folder / "rows.parquet")
-
-
-def _columns(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Of every metric its value, and the ends of its interval."""
-    ends = ("value", "low", "high")
-    return {name if end == "value" else f"{name}_{end}": getattr(score, end) for name, score in scores.items() for end in ends}
 
 
 def _curves(inputs: Inputs, workspace: Workspace) -> dict[str, TrainingCurves]:

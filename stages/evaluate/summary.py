@@ -1,13 +1,13 @@
 """What the report says, as plain data: `report.json`, from which the page and the model card are made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from schemas.evaluation import EvaluateConfig
 from schemas.manifest import ImageShards, Latents, Manifest, ReferenceSet, Selection, StudentManifest, Teacher
 from stages.evaluate.also import Also
-from stages.evaluate.features import ExtractorSpec
+from stages.evaluate.fid import bias_warning
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import TEACHER, Finetuned, Row
@@ -23,6 +23,16 @@ Scores = Mapping[str, Mapping[str, Score]]
 
 
 @dataclass(frozen=True)
+class Features:
+    """The feature network that pictures were shown to."""
+
+    title: str
+    dimensions: int
+    weights: str | None = None
+    """Digest of its weights where the recipe names them."""
+
+
+@dataclass(frozen=True)
 class Measured:
     """All that one evaluation found out."""
 
@@ -32,7 +42,7 @@ class Measured:
     rows: tuple[Row, ...]
     scores: Scores
     prompts: PromptSet
-    extractor: ExtractorSpec
+    extractor: Features
     real_images: int
     timings: Mapping[str, Timing] = field(default_factory=dict)
     """By row, where the recipe asks for them."""
@@ -86,11 +96,12 @@ def summarise(measured: Measured, sources: Sources) -> dict[str, Any]:
             "distinct_prompts": measured.prompts.distinct,
             "prompts_from": measured.prompts.source,
             "prompts_sha256": measured.prompts.digest,
+            "prompts_file_sha256": sources.inputs.get("prompts"),
             "examples": list(dict.fromkeys(measured.prompts.images))[: measured.config.grid_prompts],
             "seed": measured.seed,
             "teacher_guidance_scale": measured.config.teacher_guidance_scale,
         },
-        "extractor": {"name": measured.config.extractor, "title": measured.extractor.title, "dimensions": measured.extractor.dimensions},
+        "extractor": {"name": measured.config.extractor, **asdict(measured.extractor)},
         "real_images": measured.real_images,
         "real_images_from": "selection" if sources.reference is None else "reference",
         "metrics": {name: METRICS[name].title for name in measured.scores[measured.rows[0].name]},
@@ -125,13 +136,15 @@ def _row(row: Row, measured: Measured) -> dict[str, Any]:
 
 def warnings(measured: Measured) -> list[str]:
     """What a reader must know before believing the figures."""
-    found = []
-    images, dimensions = len(measured.prompts.images), measured.extractor.dimensions
-    if images < dimensions or measured.real_images < dimensions:
-        fewest = min(images, measured.real_images)
+    found: list[str] = []
+    images = len(measured.prompts.images)
+    biased = bias_warning(min(images, measured.real_images), measured.extractor.dimensions)
+    if biased is not None:
+        floor = measured.scores[measured.rows[0].name]["fid_teacher"].value
         found.append(
-            f"FID of {fewest} images with {dimensions} features is far from its limit for many images: the covariance cannot be estimated. "
-            "Use these figures to rank rows of this table, which share prompts and noise, and never against figures from elsewhere."
+            f"{biased} Two sets of the teacher's own samples, {images} each, are at FID {figure(floor)} although they are of one model: so much of "
+            "a figure here is bias. Use these figures to rank rows of this table, which share prompts and noise, and never against figures from "
+            "elsewhere."
         )
     if measured.prompts.distinct * measured.config.images_per_prompt < images:
         found.append(

@@ -1,6 +1,5 @@
 """What the feature network is shown of pictures, the whole or a crop of the centre, and what it finds, which is kept."""
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -11,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from schemas.errors import BadInput
 from schemas.evaluation import ReferenceConfig
-from stages.evaluate.features import Extractor, ExtractorSpec, features_of
+from stages.evaluate.feature_network import FeatureNetwork, features_of
 from stages.evaluate.metrics.catalogue import View
 from stages.evaluate.metrics.sets import FeatureSet
 from stages.evaluate.pieces import Pieces
@@ -31,9 +30,8 @@ def views_of(config: ReferenceConfig) -> tuple[View, ...]:
 class Viewer:
     """The feature network of one run. A killed run does not look at the pictures again."""
 
-    def __init__(self, config: ReferenceConfig, spec: ExtractorSpec, device: str, pieces: Pieces) -> None:
-        self.config, self.device, self.pieces = config, device, pieces
-        self._extractor: Callable[[], Extractor] = functools.cache(lambda: spec.build(device))
+    def __init__(self, config: ReferenceConfig, network: FeatureNetwork, device: str, pieces: Pieces) -> None:
+        self.config, self.network, self.device, self.pieces = config, network, device, pieces
 
     def look(self, name: str, pictures: Callable[[], Iterable[Pixels]], views: Iterable[View]) -> Sets:
         """Features of pictures as they are: samples, or real images whose size is not the teacher's."""
@@ -55,7 +53,7 @@ class Viewer:
         with self.pieces.piece(f"{_PIECES[view]}-{name}") as (folder, made):
             path = folder / "features.safetensors"
             if not made:
-                save_file({"features": features_of(pictures(), self._extractor(), self.device)}, path)
+                save_file({"features": features_of(pictures(), self.network, self.device)}, path)
             return FeatureSet(load_file(path)["features"])
 
 

@@ -30,7 +30,7 @@ class Inputs(Model):
 
 def preflight(config: LcmConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for what the looks at the student will need, and at a student to go on from that lies on this machine. Raises `BadInput`."""
-    check_watch("lcm", config)
+    check_watch("lcm", config, outside)
     if "start" in outside and (folder := Path(outside["start"].removeprefix("file://"))).exists():
         check_start(config, folder)
 

@@ -40,9 +40,9 @@ class Inputs(Model):
     """The student that this one goes on from. None: it starts as the teacher."""
 
 
-def preflight(config: LinkConfig, _outside: Mapping[str, str], _recipe: Recipe) -> None:
+def preflight(config: LinkConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for what the looks at the student will need. Raises `BadInput`."""
-    check_watch("lightning", config)
+    check_watch("lightning", config, outside)
 
 
 def run(config: LinkConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any]:

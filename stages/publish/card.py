@@ -24,7 +24,11 @@ def render_card(config: PublishConfig, description: Description, summary: Mappin
             metadata=yaml.safe_dump(_metadata(config, description), sort_keys=False, allow_unicode=True).strip(),
             description=description,
             summary=summary,
-            tables=[_figures(summary, metric, title) for metric, title in summary["metrics"].items()],
+            tables=[
+                _figures(title, {(row["family"], row["steps"]): row["scores"].get(metric) for row in summary["rows"]})
+                for metric, title in summary["metrics"].items()
+            ],
+            transfers=[_elsewhere(entry) for entry in summary.get("transfers", ())],
             snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
             style_snippets={name: style_snippet(description, name, prompt) for name in description.styles},
             teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
@@ -44,9 +48,8 @@ def _metadata(config: PublishConfig, description: Description) -> dict[str, Any]
     return metadata | {"tags": tags + sorted({variant.method for variant in description.variants.values()})}
 
 
-def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
-    """One metric as a Markdown table: a line a family, a column a step count."""
-    values = {(row["family"], row["steps"]): row["scores"].get(metric) for row in summary["rows"]}
+def _figures(title: str, values: Mapping[tuple[str, int], float | None]) -> str:
+    """One metric as a Markdown table: a line a family, a column a step count; `values` by these."""
     families = list(dict.fromkeys(family for family, _ in values))
     steps = sorted({count for _, count in values}, reverse=True)
 
@@ -57,6 +60,12 @@ def _figures(summary: Mapping[str, Any], metric: str, title: str) -> str:
     lines = [f"| {title} | " + " | ".join(plural(count, "step") for count in steps) + " |", "|---" + "|---:" * len(steps) + "|"]
     lines += [f"| {family} | " + " | ".join(cell((family, count)) for count in steps) + " |" for family in families]
     return "\n".join(lines)
+
+
+def _elsewhere(entry: Mapping[str, Any]) -> str:
+    """An entry of `evaluate.transfer` as such a table."""
+    title = f"{entry['name']}: {entry['changed']}; FID against its own samples"
+    return _figures(title, {(row["family"], row["steps"]): row["fid_teacher"] for row in entry["rows"]})
 
 
 def snippet(description: Description, name: str, variant: Variant, prompt: str, weights: Mapping[str, float] | None = None) -> str:

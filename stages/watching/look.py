@@ -25,8 +25,9 @@ from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import Denoiser, UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.encoded import Encoded
-from stages.evaluate.features import extractor_spec, features_of
-from stages.evaluate.fid import FeatureStatistics, frechet_distance
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import check_extractor, open_extractor
+from stages.evaluate.fid import FeatureStatistics, bias_warning, frechet_distance
 from stages.evaluate.grid import thumbnail
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.prompts import PromptSet
@@ -44,15 +45,15 @@ from stages.workspace import Workspace
 FID: Final = "student.fid_teacher"
 """Column of the metrics."""
 
-_BEST, _REFERENCE, _STRIP = "watch-best", "watch-reference", "strip.png"
+_BEST, _REFERENCE, _STRIP, _FEATURES = "watch-best", "watch-reference", "strip.png", "features.safetensors"
 _GAP: Final = 4
 _DECIMALS: Final = 6
 
 
-def check_watch(section: str, config: StudentTraining) -> None:
+def check_watch(section: str, config: StudentTraining, outside: Mapping[str, str]) -> None:
     """Look for what the looks will need. Raises `BadInput` naming the section's field."""
     if config.watch is not None:
-        extractor_spec(config.watch.extractor, f"{section}.watch.extractor")
+        check_extractor(config.watch.extractor, outside, f"{section}.watch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,8 @@ class Seen:
     """PNG by step: the same captions and noise in all."""
     teacher: bytes
     """The teacher's strip."""
+    bias: str = ""
+    """What a reader must know of FIDs of so few images."""
 
 
 class StudentWatch:
@@ -77,8 +80,10 @@ class StudentWatch:
     def __init__(self, config: Watch, student: Student, row: SampledRow, sampler: "EncodedSampler", workspace: Workspace) -> None:
         self.config, self.student, self.row, self.sampler, self.workspace = config, student, row, sampler, workspace
         self.every = config.every
-        spec = extractor_spec(config.extractor, "watch.extractor")
-        self._extractor = functools.cache(lambda: spec.build(workspace.device))
+        section = f"{workspace.lineage.stage}.watch"
+        self._extractor = functools.cache(
+            lambda: open_extractor(config.extractor, workspace.outside, workspace.scratch, workspace.device, section)
+        )
         self._reference: FeatureStatistics | None = None
 
     @classmethod
@@ -150,6 +155,7 @@ class StudentWatch:
             captions=self.sampler.prompts.images[: self.config.grid_images],
             strips={step: (fetched(_look(step)) / _STRIP).read_bytes() for step in sorted({step for _, step in looks})},
             teacher=(fetched(_REFERENCE) / _STRIP).read_bytes(),
+            bias=_bias(load_arrays(fetched(_REFERENCE) / _FEATURES)["features"]),
         )
 
     def _draw_reference(self, teacher: Manifest[Teacher]) -> None:
@@ -163,10 +169,10 @@ class StudentWatch:
                     TEACHER, TEACHER, steps, trailing_timesteps(steps), "trailing", pipeline.facts.prediction_type, config.teacher_guidance_scale
                 )  # fmt: skip
                 drawn = self.sampler.on_other_noise().pictures(row, pipeline.denoiser(), config.images)
-                save_arrays({"features": self._features(drawn)}, folder / "features.safetensors")
+                save_arrays({"features": self._features(drawn)}, folder / _FEATURES)
                 shown = self.sampler.pictures(row, pipeline.denoiser(), config.grid_images)
                 (folder / _STRIP).write_bytes(strip(list(shown)))
-            self._reference = FeatureStatistics.of(load_arrays(folder / "features.safetensors")["features"])
+            self._reference = FeatureStatistics.of(load_arrays(folder / _FEATURES)["features"])
 
     def _features(self, pictures: Any) -> NDArray[np.float32]:
         return features_of(pictures, self._extractor(), self.workspace.device)
@@ -213,6 +219,16 @@ def strip(pictures: Sequence[Pixels]) -> bytes:
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _bias(features: NDArray[np.float32]) -> str:
+    """Of FIDs to a reference with these features, (N, D): what they lack, and how far apart its halves are, which are of one model."""
+    warning = bias_warning(*features.shape) or ""
+    half = len(features) // 2
+    if half < 2:
+        return warning
+    apart = frechet_distance(FeatureStatistics.of(features[:half]), FeatureStatistics.of(features[half : 2 * half]))
+    return f"{warning} Two halves of the teacher's own samples, {half} each, are at FID {apart:.4g}, and are of one model.".strip()
 
 
 def _look(step: int) -> str:

@@ -105,9 +105,9 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
     norms = {name: name.partition(".")[0] for name in names if name.endswith(".grad_norm")}
     rates = {name: name.partition(".")[0] for name in names if name.endswith(".learning_rate")}
     accuracy = {name: which for which in ("real", "fake") for name in names if name.endswith(f".{which}_accuracy")}
-    quality = _fid(kept, marks, seen)
+    quality, bias = _fid(kept, marks, seen), "" if seen is None else seen.bias
     return [
-        {"title": "Quality on the way", "says": "FID to the teacher of few images, of one run: it ranks its steps and nothing else.",
+        {"title": "Quality on the way", "says": f"FID to the teacher, of one run: it ranks its steps and nothing else. {bias}",
          "charts": [quality] if quality else []},
         {"title": "Before", "says": "Before all that follows the student learned by squared error: to say x0, or for dmd the outputs of pairs.",
          "charts": [chart for chart in [

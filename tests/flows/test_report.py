@@ -1,5 +1,6 @@
 """The report of a chain that has ended."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.service
 @pytest.mark.usefixtures("prefect_server")
-def test_the_runs_page_links_to_it(tmp_path: Path, plan: Plan) -> None:
+def test_the_runs_page_links_to_the_whole_report(tmp_path: Path, recipe: Recipe, plan: Plan) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
@@ -106,9 +107,22 @@ def test_the_runs_page_links_to_it(tmp_path: Path, plan: Plan) -> None:
 
     store = open_store(tmp_path)
     (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "report.html").write_text("<p>page</p>", encoding="utf-8")
-    evaluation = publish(store, plan, "evaluate", Evaluation(scores={}, prompts=1), tmp_path / "page", seconds=1)
-    link_report({"evaluate": evaluation}, store)
+    row = {"node": "evaluate", "kind": "evaluation", "identity": "0" * 64, "stage": "evaluate", "revision": 1, "inputs": {}}
+    (tmp_path / "page" / "report.html").write_text(chain_part([row]), encoding="utf-8")
+    evaluation = publish(store, plan, "evaluate", Evaluation(scores={}, prompts=1), tmp_path / "page", seconds=90)
+    assert store.report_address(evaluation) is None
+    link_report(recipe, {"evaluate": evaluation}, store)
+    address = store.report_address(evaluation)
+    assert address is not None
+    left = Path(address.removeprefix("file://")).read_text(encoding="utf-8")
+    assert "1 min 30 s" in left and "distill run tiny.yaml" in left, "what it took, and the commands"
+    assert store.verify(evaluation) == [], "beside the artifact"
+    link_report(recipe, {"ingest": evaluation.model_copy(update={"content": ImageShards(rows_in_table=1, images=1, shards=1)})}, store)
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["report"])))
-    assert f"[report.html]({store.file_address(evaluation, 'report.html')})" in [item.data for item in found]
+    assert f"[report.html]({address})" in [item.data for item in found]
+    store.remove(evaluation.identity)
+    assert [item.reason for item in store.gc(dry_run=False, older_than=timedelta(seconds=-5)).items] == [
+        "page about an artifact that is no more"
+    ]
+    assert store.report_address(evaluation) is None

@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 from schemas.errors import BadInput
+from schemas.evaluation import EvaluateConfig
 from stages.evaluate.metrics import clip_score
-from stages.evaluate.metrics.clip_score import ClipScorer, is_wanted
+from stages.evaluate.metrics.clip_score import ClipScorer
+from stages.evaluate.singles import check_singles
+from stages.transformers_files import is_model_file
 from tests.tiny_pipelines import tiny_clip
 
 PROMPTS = ["the red cat", "a house", "red", "the flag", "cat cat cat cat cat cat cat cat cat cat cat cat cat"]
@@ -48,12 +51,39 @@ def test_prefix_stands_before_every_prompt(folder: Path, pictures: list[np.ndarr
 
 
 def test_a_folder_without_a_model_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"lacks config\.json.*\*\.safetensors; expected a CLIP model"):
+    with pytest.raises(BadInput, match=r"lacks config\.json.*model\.safetensors; expected a CLIP model in transformers' layout"):
         ClipScorer.load(tmp_path, "cpu", "")
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (("model.safetensors", "open_clip_model.safetensors", "open_clip_config.json"), None),
+        (("model.safetensors.index.json", "model-00001-of-00002.safetensors"), None),
+        (
+            ("open_clip_pytorch_model.safetensors", "open_clip_config.json"),
+            "lacks model.safetensors, and holds OpenCLIP's own layout; expected",
+        ),
+        (("pytorch_model.bin",), "lacks model.safetensors, and holds pickled weights, which are not read; expected a CLIP model"),
+    ],
+)
+def test_what_a_repository_holds_is_told_by_names(weights: tuple[str, ...], expected: str | None, tmp_path: Path) -> None:
+    """Before any work, wherever it is: OpenCLIP's own layout is another than transformers', and stands beside it in repositories that have both."""
+    names = (*weights, "config.json", "preprocessor_config.json", "tokenizer_config.json")
+    for name in names:
+        (tmp_path / name).touch()
+    config = EvaluateConfig(metrics=("fid", "clip_score"), clip_model=str(tmp_path))
+    if expected is None:
+        check_singles(config, {"clip_model": f"file://{tmp_path}"})
+    else:
+        with pytest.raises(BadInput, match=rf"evaluate.clip_model file://.*: {expected}"):
+            check_singles(config, {"clip_model": f"file://{tmp_path}"})
+
+
 def test_other_formats_of_the_weights_are_left_out() -> None:
-    assert is_wanted("model.safetensors")
-    assert is_wanted("merges.txt")
-    assert not is_wanted("pytorch_model.bin")
-    assert not is_wanted("onnx/model.safetensors")
+    assert is_model_file("model.safetensors")
+    assert is_model_file("model-00001-of-00002.safetensors")
+    assert is_model_file("merges.txt")
+    assert not is_model_file("pytorch_model.bin")
+    assert not is_model_file("open_clip_model.safetensors")
+    assert not is_model_file("onnx/model.safetensors")

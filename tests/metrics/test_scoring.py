@@ -21,11 +21,13 @@ from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, PerceptualConfig
 from schemas.loading import parse_recipe
 from stages.evaluate import Inputs, reference, run
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.evaluate.metrics.catalogue import METRICS
 from stages.evaluate.samples import read_pictures
 from stages.evaluate.singles import load_distance
+from stages.evaluate.timing import interval_of_median
 from stages.evaluate.views import centre_patch
 from stages.plan import make_plan
 from tests.distilled import Chain
@@ -136,8 +138,9 @@ def test_the_report_shows_metrics_intervals_and_speed(evaluated: tuple[Any, Path
         assert escape(title) in page
     assert "higher is better" in page
     for row in report["rows"]:
-        assert row["timing"]["latency_seconds"] > 0
-        assert row["timing"]["images_per_second"] > 0
+        for figure, ends in (("latency_seconds", "latency_interval"), ("images_per_second", "throughput_interval")):
+            low, high = row["timing"][ends]
+            assert 0 < low <= row["timing"][figure] <= high
         assert row["timing"]["peak_memory_bytes"] is None
     assert "pictures a second" in page
 
@@ -167,6 +170,15 @@ def test_a_patch_is_the_middle_and_a_small_picture_has_none() -> None:
     assert np.array_equal(centre_patch(picture, 6), picture[:, 1:7])
     with pytest.raises(BadInput, match="6 x 8 px has no patch of 7 px"):
         centre_patch(picture, 7)
+
+
+def test_the_interval_of_a_median_is_the_bootstraps() -> None:
+    """Of three repeats a resample's median is the smallest where two or three of the draws are: with probability 7 / 27."""
+    measured = np.array([1.0, 2.0, 10.0])
+    wide = CONFIG.model_copy(update={"resamples": 20_000, "confidence": 1 - 2 * 0.27})
+    assert interval_of_median(measured, wide, 0) == (2.0, 2.0)
+    assert interval_of_median(measured, wide.model_copy(update={"confidence": 1 - 2 * 0.25}), 0) == (1.0, 10.0)
+    assert interval_of_median(np.array([3.0]), CONFIG, 0) == (3.0, 3.0)
 
 
 # Real images from elsewhere

@@ -16,16 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from infra.outside import content_digest
 from infra.store import ArtifactStore
 from schemas.base import digest
 from schemas.errors import BadInput
 from schemas.evaluation import EvaluateConfig, TransferConfig
 from stages.evaluate import Inputs, run, samples, views
 from stages.evaluate.curves import read_curves
-from stages.evaluate.features import EXTRACTORS, extractor_spec, features_of
-from stages.evaluate.fid import FeatureStatistics, frechet_distance
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
+from stages.evaluate.fid import FeatureStatistics, bias_warning, frechet_distance
 from stages.evaluate.prompts import assign, read_prompts, seeded_order
 from stages.evaluate.samples import read_pictures, square
+from stages.evaluate.summary import figure
 from stages.reports.charts import Series, line_chart
 from stages.shards import read_samples
 from tests.distilled import CAPTIONS, Chain
@@ -102,6 +105,21 @@ def test_fid_needs_two_images() -> None:
         FeatureStatistics.of(np.zeros((1, 4)))
 
 
+@pytest.mark.parametrize(
+    ("images", "dimensions", "told"),
+    [
+        (2047, 1280, "of fewer than 2048 the covariance cannot be estimated"),
+        (3000, 4096, "of fewer than 4096"),
+        (2048, 2048, "biased upwards"),
+        (9999, 16, "biased upwards"),
+        (10_000, 2048, None),
+    ],
+)
+def test_few_images_are_told_of(images: int, dimensions: int, told: str | None) -> None:
+    warning = bias_warning(images, dimensions)
+    assert warning is None if told is None else told in warning
+
+
 def test_features_and_fid_are_clean_fids(tmp_path: Path) -> None:
     from cleanfid import fid as clean_fid
 
@@ -119,7 +137,7 @@ def test_features_and_fid_are_clean_fids(tmp_path: Path) -> None:
         str(tmp_path / "a"), extractor, num_workers=0, batch_size=16, device=torch.device("cpu"), verbose=False
     )
     assert np.array_equal(ours[0], theirs)
-    assert ours[0].shape == (20, EXTRACTORS["efficientnet-lite0"].dimensions)
+    assert ours[0].shape == (20, 1280)
     whole = clean_fid.compute_fid(
         str(tmp_path / "a"), str(tmp_path / "b"), custom_feat_extractor=extractor, num_workers=0, batch_size=16,
         device=torch.device("cpu"), use_dataparallel=False, verbose=False,
@@ -180,7 +198,9 @@ def test_report_says_what_a_reader_must_know(evaluated: tuple[Any, Path]) -> Non
     _, folder = evaluated
     report = json.loads((folder / "report.json").read_text())
     warnings = " ".join(report["warnings"])
-    assert "1280 features" in warnings
+    assert "FID of 5 images with 1280 features means nothing by itself" in warnings
+    floor = next(row["scores"]["fid_teacher"] for row in report["rows"] if row["name"] == "teacher@4")
+    assert f"Two sets of the teacher's own samples, 7 each, are at FID {figure(floor)}" in warnings
     assert "5 distinct prompts" in warnings
     assert [station["count"] for station in report["funnel"]] == [9, 8, 6, 5, 5]
     assert [artifact["node"] for artifact in report["lineage"]][:3] == ["ingest", "select", "teacher"]
@@ -343,10 +363,14 @@ def test_prompts_file_is_used_in_its_order(chain: Chain, tmp_path: Path) -> None
     path.write_text("zebra\nape\n")
     config = CONFIG.model_copy(update={"prompt_count": 2, "teacher_steps": (1,), "prompts": str(path)})
     workspace = make_workspace(tmp_path, chain.store, identity="file", outside={"prompts": str(path)})
+    workspace.lineage.inputs["prompts"] = content_digest(str(path))
     manifest = run(config, Inputs.model_validate(chain.inputs()), workspace)
     shard = chain.store.fetch(manifest) / "samples/teacher-at-1/shard-00000.tar"
     assert [sample.caption for sample in read_samples(shard)] == ["zebra", "ape"]
-    assert str(path) not in (chain.store.fetch(manifest) / "report.html").read_text()
+    page = (chain.store.fetch(manifest) / "report.html").read_text()
+    assert str(path) not in page
+    assert sha256(path.read_bytes()).hexdigest() in page, "of the file itself"
+    assert assign(["zebra", "ape"], 2, 1, "file").digest in page, "and of the prompts as the images have them"
 
 
 # Small parts

@@ -1,11 +1,14 @@
 """`evaluate.transfer`: LoRAs on other bases and under a style, each beside that teacher itself."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from schemas.base import digest
 from schemas.errors import BadInput
-from schemas.evaluation import EvaluateConfig, TransferConfig
+from schemas.evaluation import EvaluateConfig, PublishConfig, TransferConfig
 from schemas.loading import parse_recipe
 from stages.diffusion.control import edges
 from stages.diffusion.lora import LORA_FILE
@@ -26,10 +29,14 @@ from stages.evaluate.grid import thumbnail
 from stages.evaluate.prompts import PromptSet
 from stages.evaluate.rows import rows_of
 from stages.evaluate.samples import Sampler, read_pictures
+from stages.evaluate.summary import figure
 from stages.evaluate.transfer import preflight_transfers
 from stages.latents import LatentSet
 from stages.plan import make_plan
+from stages.publish.card import render_card
+from stages.publish.variants import Description, TeacherSampling
 from tests import tiny_pipelines
+from tests.browser import WINDOWS, Tab, assert_fits_and_is_quiet, browser, needs_browser
 from tests.distilled import CAPTIONS, Chain, controlnet_file
 from tests.stages.test_compose import style_file
 from tests.workspaces import make_workspace, open_store
@@ -100,6 +107,46 @@ def test_every_entry_has_its_teacher_and_its_loras(elsewhere: Elsewhere, evaluat
         (cell,) = {thumbnail(picture).size for picture in read_pictures(folder / f"samples/lcm-at-2-on-{name}")}
         assert cell == shape and grid.height > 2 * cell[1] and grid.width > 5 * cell[0]
     assert str(elsewhere.folder) not in page + json.dumps(report)
+    long, wide = (pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("rows", "scores"))
+    assert {(line["row"], line["metric"]): line["value"] for line in long} == {
+        (row, name): of[name] for row, of in scores.items() for name in of
+    }
+    assert {line["row"]: line["on"] for line in wide} == {row: row.partition("+")[2] or None for row in scores}
+    assert next(line["fid_real"] for line in wide if line["row"] == "lcm@4+ink") is None
+    card = render_card(PublishConfig(name="tiny"), _described(), report, {})
+    (line,) = re.findall(
+        r"^\| lcm-lora \|.*$", card.partition("| ink: another base with a style at 0.7; FID")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    assert figure(scores["lcm@4+ink"]["fid_teacher"]) in line
+
+
+def _described() -> Description:
+    sampling = TeacherSampling(scheduler="EulerDiscreteScheduler", steps=8, guidance_scale=3.0)
+    return Description(
+        name="tiny",
+        pipeline="StableDiffusionXLPipeline",
+        resolution=16,
+        complete=True,
+        base_model=None,
+        teacher=sampling,
+        variants={},
+        styles={},
+    )
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
+def test_the_report_of_a_real_evaluation_fits_and_is_quiet(elsewhere: Elsewhere, evaluated: Any, width: int, scheme: str, tab: Tab) -> None:
+    page = elsewhere.chain.store.fetch(evaluated) / "report.html"
+    assert page.stat().st_size < 10e6
+    assert_fits_and_is_quiet(tab, page, width, scheme)
+    assert tab.js("[...document.querySelectorAll('h2')].map((title) => title.textContent)").count("Elsewhere, without training") == 1
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
 
 
 def test_its_pictures_are_those_of_diffusers_own_composition(elsewhere: Elsewhere, evaluated: Any) -> None:

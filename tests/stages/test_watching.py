@@ -20,7 +20,8 @@ from schemas.recipe import Recipe
 from stages import lcm, lightning
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.sampling import draw_noise, image_generator, make_scheduler, sample
-from stages.evaluate.features import extractor_spec, features_of
+from stages.evaluate.feature_network import features_of
+from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
 from stages.students import load_student, weight_files
 from stages.training import Row
@@ -107,6 +108,9 @@ def test_the_last_look_is_at_what_is_published(place: Place, watched: Manifest[A
     own = FeatureStatistics.of(features_of(list(pictures), extractor, "cpu"))
     last = read_metrics(files / "metrics.parquet")[-1]["student.fid_teacher"]
     assert frechet_distance(own, own) < 1e-6 < last
+    page = (files / "report.html").read_text(encoding="utf-8")
+    assert "FID of 4 images with 1280 features means nothing by itself" in page
+    assert re.search(r"Two halves of the teacher(&#39;|')s own samples, 2 each, are at FID [\d.]+, and are of one model", page)
 
 
 def test_killed_between_looks_it_ends_with_the_same_files(place: Place, watched: Manifest[Any], tmp_path: Path) -> None:

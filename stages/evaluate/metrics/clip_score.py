@@ -1,6 +1,7 @@
 """CLIP score (Hessel et al., arXiv 2104.08718): 100 times the cosine between a picture's and its prompt's embedding, unclipped.
 
-The model is one of transformers' layout: OpenAI's, or OpenCLIP's in the form the hub holds them in.
+The model is one of transformers' layout with safetensors: OpenAI's, or one of OpenCLIP's that the hub holds in that form too. A repository that has
+OpenCLIP's own files alone (`open_clip_model.safetensors`) is refused by the names of its files, before any work.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,17 +16,10 @@ from PIL import Image
 
 from schemas.errors import BadInput
 from stages.batching import in_batches
+from stages.transformers_files import check_model_files
 
 _BATCH: Final = 16
 """Pictures of one pass. Fixed, so that a score's last bit depends on nothing but pictures and prompts."""
-
-FILES: Final = (".json", ".txt", ".safetensors")
-"""Suffixes of what a model's folder must hold: weights as safetensors only."""
-
-
-def is_wanted(path: str) -> bool:
-    """Whether a file of a model's folder is needed, by its path relative to it: those of subfolders are other formats of the same weights."""
-    return path.endswith(FILES) and "/" not in path
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +37,7 @@ class ClipScorer:
         """Read a model in transformers' layout. Raises `BadInput` where the folder holds none."""
         from transformers import CLIPModel, CLIPProcessor  # noqa: PLC0415  # seconds to import, needed by few recipes
 
-        check_clip(folder)
+        check_clip([path.name for path in folder.glob("*")], f"evaluate.clip_model {folder}")
         try:
             model: Any = CLIPModel.from_pretrained(folder, use_safetensors=True)
             processor = CLIPProcessor.from_pretrained(folder)
@@ -70,10 +64,6 @@ class ClipScorer:
         return np.concatenate(found)
 
 
-def check_clip(folder: Path) -> None:
-    """Raise `BadInput` unless a folder looks like a CLIP model of transformers, by its files' names."""
-    missing = [
-        name for name in ("config.json", "*processor_config.json", "tokenizer_config.json", "*.safetensors") if not any(folder.glob(name))
-    ]
-    if missing:
-        raise BadInput(f"evaluate.clip_model {folder}: lacks {', '.join(missing)}; expected a CLIP model in transformers' layout")
+def check_clip(names: Iterable[str], where: str = "evaluate.clip_model") -> None:
+    """Raise `BadInput` unless a folder's files, by `names`, are those of a CLIP model of transformers; `where` says which folder."""
+    check_model_files(names, ("*processor_config.json", "tokenizer_config.json"), where, "a CLIP model")
