@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from schemas.base import Field, Mistake, Model, NotIdentity
 from schemas.lightning import TRAIN_TIMESTEPS, trailing_timesteps
 from schemas.training import OptimizerConfig, PositiveInt, StudentTraining
+from schemas.watching import unknown_steps
 
 Weight = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -140,6 +141,10 @@ def _a_lora_shares_its_teacher(config: DmdConfig) -> Iterator[Mistake]:
         yield ("teacher_precision",), config.teacher_precision, expected
 
 
+def _looks_are_at_its_steps(config: DmdConfig) -> Iterator[Mistake]:
+    yield from unknown_steps(config.watch, (config.steps,))
+
+
 def _backbones_have_a_use(config: RegressionConfig) -> Iterator[Mistake]:
     unused = {"lpips": (), "lpips-efficientnet-lite0": ("vgg",), "l2": ("vgg", "decoder", "size_px")}[config.distance]
     for name in unused:
@@ -154,4 +159,5 @@ DmdConfig.cross_checks = (
     _something_is_learnt,
     _noise_range_is_open,
     _a_lora_shares_its_teacher,
+    _looks_are_at_its_steps,
 )

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from schemas.base import Field, Mistake, NotIdentity
 from schemas.training import OptimizerConfig, PositiveInt, StudentTraining
+from schemas.watching import unknown_steps
 
 LEARNING_RATES = {"unet": 8e-6, "lora": 1e-4}
 """LCM 5.1; diffusers' LoRA scripts, for the LoRA's is not published."""
@@ -78,4 +79,8 @@ def _guidance_is_in_its_range(config: LcmConfig) -> Iterator[Mistake]:
         yield ("guidance_w",), config.guidance_w, expected
 
 
-LcmConfig.cross_checks = (_a_unet_has_one_average, _guidance_is_in_its_range)
+def _looks_are_at_its_steps(config: LcmConfig) -> Iterator[Mistake]:
+    yield from unknown_steps(config.watch, config.steps)
+
+
+LcmConfig.cross_checks = (_a_unet_has_one_average, _guidance_is_in_its_range, _looks_are_at_its_steps)

@@ -302,6 +302,11 @@ def _phases_alone_say_what_is_trained(config: LightningConfig) -> Iterator[Mista
             yield ("links", steps, "learning_rate"), override.learning_rate, expected
 
 
+def _a_link_has_one_step_count(config: LightningConfig) -> Iterator[Mistake]:
+    if config.watch is not None and config.watch.steps is not None:
+        yield ("watch", "steps"), list(config.watch.steps), "the student of each link has one step count: expected nothing here"
+
+
 LinkConfig.cross_checks = (_starts_lie_on_the_teachers_grid,)
 LightningConfig.cross_checks = (
     _chain_nests,
@@ -313,4 +318,5 @@ LightningConfig.cross_checks = (
     _phases_can_do_what_they_say,
     _conversions_outlast_their_warmup,
     _phases_alone_say_what_is_trained,
+    _a_link_has_one_step_count,
 )

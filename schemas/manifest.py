@@ -158,8 +158,15 @@ class StudentContent(Model):
     teacher: Sha256
     training_steps: int
     best_step: int | None = None
-    """Where the training was looked at: the step of the weights in `best/`, whose FID to the teacher on few images was the lowest."""
+    """Where the training was looked at: the step of the lowest FID to the teacher on few images, the mean over the step counts looked at."""
     best_fid: float | None = None
+    kept: Literal["last", "best"] = "last"
+    """Whose weights the student's are: those after the last step, with those of `best_step` in `best/`, or those, with the last in `last/`."""
+
+    @property
+    def weights_step(self) -> int:
+        """The step of training whose weights are the student's."""
+        return self.training_steps if self.kept == "last" or self.best_step is None else self.best_step
 
 
 class StudentUNet(StudentContent):

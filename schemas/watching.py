@@ -1,6 +1,6 @@
 """What is looked at while a student is trained: alarms that end a bad run, and samples drawn at intervals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from schemas.base import Field, Mistake, Model, NotIdentity, PositiveInt
@@ -53,11 +53,14 @@ Alarms.cross_checks = (_band_is_open,)
 
 
 class Watch(Model):
-    """Samples of the student at intervals, by its own sampler, with their FID to the teacher; the weights of the lowest are kept in `best/`.
+    """Samples of the student at intervals, by its own sampler, with their FID to the teacher; the weights of the lowest are kept beside the last."""
 
-    What is published and evaluated is the last, for so few images rank steps of one run and nothing else.
-    """
-
+    keep: Literal["last", "best"] = "last"
+    """Which weights are the student's, read by all that follows: those after the last step, or those of the lowest FID, whose mean over `steps`
+    counts. The others lie beside them, in `best/` or `last/`. So few images rank steps of one run and nothing else; but quality can fall with more
+    training."""
+    steps: tuple[PositiveInt, ...] | None = None
+    """Step counts that the student is looked at with, of those it is trained for. null: all of them."""
     every: PositiveInt = 1000
     """Steps between looks; the last step is always looked at."""
     images: Annotated[int, Field(ge=2)] = 256
@@ -73,6 +76,13 @@ class Watch(Model):
     grid_images: Annotated[int, Field(ge=1, le=32)] = 8
     """Images shown of each look."""
     batch_size: PositiveInt = 8
+
+
+def unknown_steps(watch: Watch | None, offered: Sequence[int]) -> Iterator[Mistake]:
+    """Step counts that are looked at, of a student that is not trained for them."""
+    foreign = [] if watch is None or watch.steps is None else sorted(set(watch.steps) - set(offered))
+    if foreign:
+        yield ("watch", "steps"), foreign, f"expected some of the student's step counts {list(offered)}, or nothing for all"
 
 
 Watch.cross_checks = (weights_fit_extractor,)

@@ -172,12 +172,12 @@ class TeacherShape:
         gradients, activations = max(turns.values(), key=sum)
         parts |= {"gradients": gradients, "activations": activations}
         if processes > 1 and config.sharding != "none":
-            divided = (
-                ("optimizer",)
-                if config.sharding == "optimizer"
-                else ("student", "discriminator", "fake_score", "optimizer", "average", "gradients")
-            )
-            parts |= {name: math.ceil(parts[name] / processes) for name in divided if name in parts}
+            divided = {"optimizer"}
+            if config.sharding == "full":
+                divided |= {"student", "discriminator", "fake_score", "average"}
+                if config.accumulation_steps == 1:  # with more they are reduced, and divided, after the last part of a batch only
+                    divided |= {"gradients"}
+            parts |= {name: math.ceil(size / processes) for name, size in parts.items() if name in divided}
             if config.sharding == "full":
                 parts["gathered"] = sum(network.gathered for network in networks)
         return MemoryEstimate(processes, parts)

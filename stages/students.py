@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from stages.diffusion.lora import LORA_FILE, load_lora, merge_lora, save_lora
 from stages.diffusion.lora_merged import merge_in_training
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.diffusion.prediction import PREDICTION_TYPES
-from stages.training import Row, write_metrics
 
 UNET_FOLDER = "unet"
 METRICS_FILE = "metrics.parquet"
@@ -47,7 +46,7 @@ def load_student(pipeline: TeacherPipeline, manifest: StudentManifest, folder: P
 
 
 def weight_files(manifest: StudentManifest) -> list[str]:
-    """The files that a student is loaded from: not its figures, pictures and report, nor the other weights that lie beside the last."""
+    """The files that a student is loaded from: not its figures, pictures and report, nor the other weights that lie beside them."""
     return [entry.path for entry in manifest.files if entry.path == LORA_FILE or entry.path.startswith(f"{UNET_FOLDER}/")]
 
 
@@ -60,12 +59,6 @@ def save_unet(unet: Any, folder: Path) -> None:
     config = json.loads(path.read_text())
     config.pop("_name_or_path", None)  # where it was once loaded from: a place, not a property
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def save_student(unet: Any, folder: Path, content: StudentUNet | StudentLoRA, rows: Sequence[Row]) -> None:
-    """Write a student's artifact folder: its UNet or its LoRA, and `metrics.parquet`."""
-    save_weights(unet, folder, content)
-    write_metrics(rows, folder / METRICS_FILE)
 
 
 def save_weights(unet: Any, folder: Path, content: StudentUNet | StudentLoRA) -> None:

@@ -104,6 +104,28 @@ class Chain:
             _write_metrics(Path(name))
             return self._publish(Path(name), "lcm", "lcm", content)
 
+    def lightning_lora(self, steps: int = 4, rank: int = 2, alpha: float = 3.0) -> Any:
+        """A Lightning LoRA of one step count, its weights random."""
+        unet = copy.deepcopy(self.pipeline.unet)
+        add_lora(unet, rank, alpha, seed=5)
+        shake(lora_parameters(unet), 0.1, seed=6)
+        content = StudentLoRA(
+            method="lightning",
+            steps=(steps,),
+            timesteps={steps: trailing_timesteps(steps)},
+            sampler="trailing",
+            prediction_type=self.teacher.content.prediction_type,
+            guidance_scale=1.0,
+            teacher=self.teacher.identity,
+            training_steps=30,
+            rank=rank,
+            alpha=alpha,
+        )
+        with tempfile.TemporaryDirectory() as name:
+            save_lora(unet, Path(name))
+            _write_metrics(Path(name))
+            return self._publish(Path(name), "lightning", f"lightning-{2 * steps}-{steps}-lora", content)
+
     def style(self, rank: int = 2, alpha: float = 1.5) -> Any:
         """A style LoRA with random weights."""
         unet = copy.deepcopy(self.pipeline.unet)

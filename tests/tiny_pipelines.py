@@ -1,4 +1,7 @@
-"""Random diffusers pipelines small enough for every test: SD1.5-type, SD2.x-type with v-prediction, SDXL-type. Seconds to use, kilobytes to save."""
+"""Random diffusers pipelines small enough for every test: SD1.5-type, SD2.x-type with v-prediction, SDXL-type. Seconds to use, kilobytes to save.
+
+`ssd-1b` is SDXL's with a UNet pruned as segmind's SSD-1B is: no attention in the middle, and by layer as many transformer blocks as are left.
+"""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +23,7 @@ from diffusers import (  # noqa: E402
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
-Kind = Literal["sd15", "sd2-v", "sdxl"]
+Kind = Literal["sd15", "sd2-v", "sdxl", "ssd-1b"]
 KINDS: tuple[Kind, ...] = ("sd15", "sd2-v", "sdxl")
 
 LATENT_SIZE = 8
@@ -96,7 +99,7 @@ def build(kind: Kind, seed: int = 0) -> StableDiffusionPipeline | StableDiffusio
     """Return a random pipeline of the kind; equal seeds give equal weights. The global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = _sdxl() if kind == "sdxl" else _sd(v_prediction=kind == "sd2-v")
+        pipeline = _sdxl(_PRUNED if kind == "ssd-1b" else {}) if kind in ("sdxl", "ssd-1b") else _sd(v_prediction=kind == "sd2-v")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -121,7 +124,14 @@ def _sd(v_prediction: bool) -> StableDiffusionPipeline:
     )
 
 
-def _sdxl() -> StableDiffusionXLPipeline:
+_PRUNED: dict[str, Any] = {
+    "transformer_layers_per_block": [1, [2]],
+    "reverse_transformer_layers_per_block": [[1, 3], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
+
+
+def _sdxl(more: dict[str, Any]) -> StableDiffusionXLPipeline:
     first, second = tokenizer(), tokenizer("!")
     return StableDiffusionXLPipeline(
         vae=_vae(0.13025, force_upcast=True),
@@ -131,9 +141,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
         tokenizer_2=second,
         unet=_unet(
             16 + 24,
-            attention_head_dim=(2, 4),
-            transformer_layers_per_block=(1, 2),
-            use_linear_projection=True,
+            **{"attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2), "use_linear_projection": True} | more,
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=20 + 6 * 4,

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter, ImageOps
 
+from infra.demo.controlnet import write_controlnet
 from infra.demo.emoji import ImageFormat, captions, render, variant
 
 LARGE: Final = (1088, 1152, 1216, 1280)
@@ -67,7 +68,9 @@ def make_small_collection(folder: Path, *, count: int, seed: int) -> Collection:
 
 
 def make_looks_collection(folder: Path, *, count: int, seed: int) -> Collection:
-    """As `make_small_collection`, an eighth of the pictures in the colours of each of `LOOKS`, which their captions then name."""
+    """As `make_small_collection`, an eighth of the pictures in the colours of each of `LOOKS`, which their captions then name. Beside them, in
+    `controlnet/`, a ControlNet for the demo's teacher."""
+    write_controlnet(folder / "controlnet")
 
     def rows(pictures: Path) -> Rows:
         good = _good(pictures, [TINY[index % len(TINY)] for index in range(count)], seed)

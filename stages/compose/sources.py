@@ -9,7 +9,7 @@ from typing import Any, Literal
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.lightning import trailing_timesteps
-from schemas.manifest import Manifest, StudentContent, StudentLoRA, StudentUNet, Teacher
+from schemas.manifest import FinetunedLoRA, Manifest, StudentContent, StudentLoRA, StudentUNet, Teacher
 from stages.diffusion.facts import MODEL_INDEX, TeacherFacts, inspect
 from stages.diffusion.lora import LORA_FILE
 from stages.diffusion.lora_files import check_fits, find_lora
@@ -22,6 +22,7 @@ from stages.teacher import pipeline_files, sha256
 Form = Literal["lora", "unet", "adapters"]
 FORMS: tuple[Form, ...] = ("lora", "unet", "adapters")
 ACCELERATION = "acceleration"
+STYLE = "--style"
 STYLE_WEIGHT, ACCELERATION_WEIGHT = 0.8, 1.0
 """l1 and l2 of LCM-LoRA's examples (arXiv 2311.05556, 3.3)."""
 
@@ -102,7 +103,7 @@ def find_sources(ask: Ask, store: ArtifactStore | None) -> Sources:
     base = _find_base(ask.base, store)
     facts = inspect(base)
     pipeline_files(base)
-    named = [("--acceleration", ask.acceleration), *(("--style", style) for style in ask.styles)]
+    named = [("--acceleration", ask.acceleration), *((STYLE, style) for style in ask.styles)]
     found = [_find(place, field, store) for field, place in named]
     for (field, _), one in zip(named, found, strict=True):
         check_fits(one.file, base, field)
@@ -140,10 +141,12 @@ def _find(place: str, field: str, store: ArtifactStore | None) -> _Found:
         raise BadInput(
             f"{field} {place}: is a whole UNet (student_unet); expected a student_lora, for only low-rank changes can be added up"
         )
-    if not isinstance(content, StudentLoRA):
-        raise BadInput(f"{field} {place}: is an artifact of the kind {manifest.kind}, expected student_lora")
+    if not isinstance(content, StudentLoRA) and not (field == STYLE and isinstance(content, FinetunedLoRA)):
+        expected = "finetuned_lora or student_lora" if field == STYLE else "student_lora"
+        raise BadInput(f"{field} {place}: is an artifact of the kind {manifest.kind}, expected {expected}")
     assert store is not None, "it resolved the manifest"
-    return _Found(store.fetch(manifest, [LORA_FILE]) / LORA_FILE, manifest.lineage.node, manifest.identity, Sampling.of(content))
+    sampling = Sampling.of(content) if isinstance(content, StudentLoRA) else None
+    return _Found(store.fetch(manifest, [LORA_FILE]) / LORA_FILE, manifest.lineage.node, manifest.identity, sampling)
 
 
 def _resolve(reference: str, field: str, store: ArtifactStore | None) -> Manifest:

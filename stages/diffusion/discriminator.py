@@ -40,7 +40,10 @@ class UNetEncoder(nn.Module):
 
 
 def encoder_features(unet: Any, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    """Mid-block features (B, C, h, w) of a UNet, with or without its decoder; arguments as of `UNetEncoder.forward`."""
+    """Mid-block features (B, C, h, w) of a UNet, with or without its decoder; of one without a mid block those of its last down block.
+
+    Arguments as of `UNetEncoder.forward`.
+    """
     dtype = unet.conv_in.weight.dtype
     x = x.to(dtype)
     text = conditioning.prompt_embeds.to(dtype)
@@ -50,7 +53,7 @@ def encoder_features(unet: Any, x: Tensor, timesteps: Tensor, conditioning: Cond
         emb = emb + more
     text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
     hidden = unet.conv_in(x)
-    for block in (*unet.down_blocks, unet.mid_block):
+    for block in (*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block])):  # a pruned UNet may have no middle
         arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
         output = block(hidden, emb, **arguments)
         hidden = output[0] if isinstance(output, tuple) else output  # a down block also gives what its skip connections carry

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from schemas.evaluation import PublishConfig
-from schemas.manifest import Manifest
+from schemas.manifest import Manifest, StudentContent
 from stages.evaluate.summary import figure
 from stages.publish.variants import TEACHER, Description, Variant
 from stages.reports.page import card_environment, plural
@@ -32,10 +32,16 @@ def render_card(config: PublishConfig, description: Description, summary: Mappin
             snippets={name: snippet(description, name, variant, prompt) for name, variant in description.variants.items()},
             style_snippets={name: style_snippet(description, name, prompt) for name in description.styles},
             teacher_snippet=teacher_snippet(description, prompt) if description.complete else "",
-            training={node: manifest.content.training_steps for node, manifest in students.items()},
+            training={node: _training(manifest.content) for node, manifest in students.items()},
             plural=plural,
         )
     )
+
+
+def _training(content: StudentContent) -> str:
+    if content.kept == "last":
+        return str(content.training_steps)
+    return f"{content.weights_step}, the best of {content.training_steps}"
 
 
 def _metadata(config: PublishConfig, description: Description) -> dict[str, Any]:

@@ -16,12 +16,19 @@ from stages.training.metrics import Row, kept_rows
 EVENTS_FILE: Final = "events.out.tfevents.0000000000.distill"
 """TensorBoard knows event files by `tfevents` in their name."""
 
+_CONVERSION: Final = "conversion"
 _VERSION: Final = "brain.Event:2"
 
 
-def write_events(rows: Sequence[Row], pictures: Mapping[str, Mapping[int, bytes]], path: Path) -> None:
-    """Write the figures of all steps that were kept and PNG `pictures` by tag and step. In place of the time an event has a second for each step."""
+def write_events(rows: Sequence[Row], pictures: Mapping[str, Mapping[int, bytes]], path: Path, converted: Sequence[Row] = ()) -> None:
+    """Write the figures of all steps that were kept and PNG `pictures` by tag and step. In place of the time an event has a second for each step.
+
+    `converted` are those of a training that went before, with steps of its own: all of it lies under `conversion/`.
+    """
     by_step: dict[int, list[Summary.Value]] = {int(row["step"]): _scalars(row) for row in kept_rows(rows)}
+    for row in kept_rows(converted):
+        before = {f"{_CONVERSION}.{name}": value for name, value in row.items() if name != "step"}
+        by_step.setdefault(int(row["step"]), []).extend(_scalars(before))
     for tag, steps in pictures.items():
         for step, png in steps.items():
             by_step.setdefault(step, []).append(Summary.Value(tag=tag, image=_image(png)))

@@ -20,7 +20,7 @@ from stages.training.method import Method
 from stages.training.metrics import Row
 from stages.training.optimization import Updater
 from stages.training.randomness import Draw, derive_seed, deterministic_kernels
-from stages.training.sharding import shares_out
+from stages.training.sharding import reduce_gradients, shares_out
 from stages.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def train(  # noqa: PLR0915 - a loop is read from top to bottom
                     only_trainable(player, updaters)
                     scalars: Mapping[str, Tensor] = {}
                     for micro, (shared, draw) in enumerate(zip(prepared, draws, strict=True)):
+                        reduce_gradients(now=micro == len(prepared) - 1)
                         torch.manual_seed(derive_seed(noise, step, turn, parallel.rank, micro, "dropout"))
                         with autocast(config, device):
                             named = method.loss(player, shared, draw.fold(player, turn))

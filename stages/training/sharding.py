@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from schemas.training import TrainingConfig
@@ -53,6 +53,17 @@ def shard(network: N, config: TrainingConfig, parallel: Parallel) -> N:
     # The root too is divided again after each forward pass: one without gradients would leave it whole, and blind to the next update.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
     return network
+
+
+def reduce_gradients(now: bool) -> None:
+    """Say whether backward passes of sharded networks, from here on, add up gradients over the processes or keep them whole where they are.
+
+    Of the parts of a batch only the last one's do: the sum goes over the wire once. Until then each process holds its own gradients of all that is
+    trained. Weights are divided again after every pass all the same, since whole ones would lie beside whole gradients.
+    """
+    for network in list(_HOLLOW):
+        assert isinstance(network, FSDPModule)
+        network.set_requires_gradient_sync(now)
 
 
 def is_sharded(tensor: Tensor) -> bool:

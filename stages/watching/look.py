@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Self
+from statistics import fmean
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from stages.training.sharding import whole
 from stages.workspace import Workspace
 
 FID: Final = "student.fid_teacher"
-"""Column of the metrics."""
+"""Column of the metrics: the mean over the step counts looked at."""
 
 _BEST, _REFERENCE, _STRIP, _FEATURES = "watch-best", "watch-reference", "strip.png", "features.safetensors"
 _GAP: Final = 4
@@ -60,6 +61,8 @@ def check_watch(section: str, config: StudentTraining, outside: Mapping[str, str
 class Seen:
     """What the looks have left."""
 
+    keep: Literal["last", "best"]
+    """Which weights are to be the student's."""
     best_step: int
     best_fid: float
     best: Mapping[str, Tensor]
@@ -67,9 +70,11 @@ class Seen:
     captions: tuple[str, ...]
     """Of a strip's pictures, from the left."""
     strips: Mapping[int, bytes]
-    """PNG by step: the same captions and noise in all."""
+    """PNG by step: the same captions and noise in all, a line of pictures for each step count looked at, in their order."""
     teacher: bytes
-    """The teacher's strip."""
+    """The teacher's strip, one line."""
+    steps: tuple[int, ...]
+    """Step counts looked at."""
     bias: str = ""
     """What a reader must know of FIDs of so few images."""
 
@@ -77,8 +82,11 @@ class Seen:
 class StudentWatch:
     """The loop's observer."""
 
-    def __init__(self, config: Watch, student: Student, row: SampledRow, sampler: "EncodedSampler", workspace: Workspace) -> None:
-        self.config, self.student, self.row, self.sampler, self.workspace = config, student, row, sampler, workspace
+    def __init__(
+        self, config: Watch, student: Student, looked_at: Sequence[SampledRow], sampler: "EncodedSampler", workspace: Workspace
+    ) -> None:
+        """`looked_at` has the student with each of the step counts that count."""
+        self.config, self.student, self.looked_at, self.sampler, self.workspace = config, student, tuple(looked_at), sampler, workspace
         self.every = config.every
         section = f"{workspace.lineage.stage}.watch"
         self._extractor = functools.cache(
@@ -97,17 +105,16 @@ class StudentWatch:
         latents: Encoded,
         workspace: Workspace,
     ) -> Self | None:
-        """Draw the teacher's samples, or find them drawn, for a student that will be published as `content`. None where the recipe asks for no looks.
-
-        A student for several step counts is looked at with the first of them.
-        """
+        """Draw the teacher's samples, or find them drawn, for a student that will be published as `content`. None: the recipe asks for no looks."""
         if config.watch is None:
             return None
-        row = SampledRow.of_student("student", "student", content.steps[0], content)
+        counts = content.steps if config.watch.steps is None else config.watch.steps
+        rows = [SampledRow.of_student("student", "student", count, content) for count in counts]
         pipeline = TeacherPipeline.load(workspace.fetch(teacher), workspace.device, only=frozenset({"vae"}))
         seed = derive_seed(workspace.seed if config.seed is None else config.seed, "watch")
-        watch = cls(config.watch, student, row, EncodedSampler(pipeline, latents, config.watch, seed), workspace)
-        scheduler_of(row, pipeline.scheduler_config)
+        watch = cls(config.watch, student, rows, EncodedSampler(pipeline, latents, config.watch, seed), workspace)
+        for row in rows:
+            scheduler_of(row, pipeline.scheduler_config)
         if workspace.parallel.leads:
             with deterministic_kernels(), autocast(config, torch.device(workspace.device)):  # as the loop draws the student's
                 watch._draw_reference(teacher)
@@ -120,24 +127,33 @@ class StudentWatch:
         """
         denoiser = self.student.denoiser
         assert isinstance(denoiser, UNetDenoiser)
+        fids: dict[int, float] = {}
+        shown: list[Sequence[Pixels]] = []
         denoiser.unet.eval()
         try:
-            pictures = list(self.sampler.pictures(self.row, denoiser, self.config.images))
+            for row in self.looked_at:
+                pictures = list(self.sampler.pictures(row, denoiser, self.config.images))
+                if self.workspace.parallel.leads:
+                    fids[row.steps] = self._fid(pictures)
+                    shown.append(pictures[: self.config.grid_images])
         finally:
             denoiser.unet.train()
         weights = {name: whole(tensor.detach()).contiguous() for name, tensor in self.student.tensors.items()}
         if not self.workspace.parallel.leads:
             return {}
-        assert self._reference is not None, "the first process drew it"
-        fid = round(frechet_distance(FeatureStatistics.of(self._features(pictures)), self._reference), _DECIMALS)
+        fid = round(fmean(fids.values()), _DECIMALS)
         with self.workspace.folder("look") as folder:
-            (folder / _STRIP).write_bytes(strip(pictures[: self.config.grid_images]))
+            (folder / _STRIP).write_bytes(strip(*shown))
             self.workspace.save_part(_look(step), folder, {"step": step})
         if fid < min((row[FID] for row in rows if FID in row), default=float("inf")):
             with self.workspace.folder("best") as folder:
                 save_file(weights, folder / "best.safetensors")
                 self.workspace.save_part(_BEST, folder, {"step": step})
-        return {FID: fid}
+        return {FID: fid} | ({fid_column(steps): value for steps, value in fids.items()} if len(fids) > 1 else {})
+
+    def _fid(self, pictures: Sequence[Pixels]) -> float:
+        assert self._reference is not None, "the first process drew it"
+        return round(frechet_distance(FeatureStatistics.of(self._features(pictures)), self._reference), _DECIMALS)
 
     def seen(self, rows: Sequence[Row]) -> Seen:
         """Bring back what the looks have kept. The best of all `rows` counts, those of a stretch that was taken back too."""
@@ -149,12 +165,14 @@ class StudentWatch:
             return self.workspace.load_part(parts[name], self.workspace.scratch / name)
 
         return Seen(
+            keep=self.config.keep,
             best_step=next(step for found, step in looks if found == fid),
             best_fid=fid,
             best=load_file(fetched(_BEST) / "best.safetensors"),
             captions=self.sampler.prompts.images[: self.config.grid_images],
             strips={step: (fetched(_look(step)) / _STRIP).read_bytes() for step in sorted({step for _, step in looks})},
             teacher=(fetched(_REFERENCE) / _STRIP).read_bytes(),
+            steps=tuple(row.steps for row in self.looked_at),
             bias=_bias(load_arrays(fetched(_REFERENCE) / _FEATURES)["features"]),
         )
 
@@ -209,13 +227,19 @@ class EncodedSampler(Sampler):
         return self._latents.unconditional(1).to(self.pipeline.device).with_time_ids(self.pipeline.time_ids())
 
 
-def strip(pictures: Sequence[Pixels]) -> bytes:
-    """Pictures of one size side by side, as PNG; small ones enlarged, large ones reduced. Equal pictures give equal bytes."""
-    cells = [thumbnail(picture) for picture in pictures]
-    width, height = cells[0].size
-    canvas = Image.new("RGB", (len(cells) * (width + _GAP) - _GAP, height), (255, 255, 255))
-    for number, cell in enumerate(cells):
-        canvas.paste(cell, (number * (width + _GAP), 0))
+def fid_column(steps: int) -> str:
+    """Column of the metrics: FID of the student with one of several step counts."""
+    return f"{FID}_at_{steps}"
+
+
+def strip(*lines: Sequence[Pixels]) -> bytes:
+    """Lines of as many pictures of one size, side by side, as PNG; small ones enlarged, large ones reduced. Equal pictures give equal bytes."""
+    cells = [[thumbnail(picture) for picture in pictures] for pictures in lines]
+    width, height = cells[0][0].size
+    canvas = Image.new("RGB", (len(cells[0]) * (width + _GAP) - _GAP, len(cells) * (height + _GAP) - _GAP), (255, 255, 255))
+    for line, shown in enumerate(cells):
+        for number, cell in enumerate(shown):
+            canvas.paste(cell, (number * (width + _GAP), line * (height + _GAP)))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from stages.reports.page import data_uri, grouped, page_environment, plural
 from stages.training import Row
 from stages.training.alarms import RollBack, roll_backs
 from stages.training.metrics import columns, kept_rows, thinned
-from stages.watching.look import FID, Seen
+from stages.watching.look import FID, Seen, fid_column
 
 _COLOURS: Final = 6
 _SHOWN: Final = 12
@@ -29,7 +29,11 @@ _EXACT_BYTES: Final = 150_000
 _SHARES: Final = 24
 """Points of a line of shares: each is the mean of many batches, for of one a share of few samples says little."""
 
+_LOOKS: Final = (1, 3, 4, 5, 0)
+"""Colours of the lines of FID; that of the lowest is 2."""
+
 _LATENTS: Final = {"x0": "student", "reference": "reference"}
+_MOMENTS: Final = (("std", "Standard deviation"), ("mean", "Mean"))
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,26 @@ def _tiles(kept: Sequence[Row], alarms: Sequence[RollBack], seen: Seen | None) -
     last = kept[-1]
     tiles = [{"label": "steps", "value": grouped(int(last["step"])), "note": plural(len(alarms), "roll-back") if alarms else "no alarm"}]
     if seen is not None:
-        tiles.append({"label": "FID to teacher, last", "value": _figure(last[FID]), "note": plural(len(seen.strips), "look")})
-        tiles.append({"label": "FID to teacher, lowest", "value": _figure(seen.best_fid), "note": f"step {grouped(seen.best_step)}"})
+        tiles.append(
+            {"label": "FID to teacher, last", "value": _figure(last[FID]), "note": _whose(seen, "last", plural(len(seen.strips), "look"))}
+        )
+        tiles.append(
+            {
+                "label": "FID to teacher, lowest",
+                "value": _figure(seen.best_fid),
+                "note": _whose(seen, "best", f"step {grouped(seen.best_step)}"),
+            }
+        )
     if "student.loss" in last:
         tiles.append({"label": "student's loss", "value": _figure(last["student.loss"]), "note": "last step"})
     if last.get("student.reference_std"):
         ratio = last["student.x0_std"] / last["student.reference_std"]
         tiles.append({"label": "deviation of latents", "value": _figure(ratio), "note": "student's to the reference's"})
     return tiles
+
+
+def _whose(seen: Seen, which: str, note: str) -> str:
+    return f"{note}; the student's weights" if which == seen.keep else note
 
 
 def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, converted: Sequence[Row]) -> list[dict[str, Any]]:
@@ -110,8 +126,7 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
         {"title": "Quality on the way", "says": f"FID to the teacher, of one run: it ranks its steps and nothing else. {bias}",
          "charts": [quality] if quality else []},
         {"title": "Before", "says": "Before all that follows the student learned by squared error: to say x0, or for dmd the outputs of pairs.",
-         "charts": [chart for chart in [
-             _chart(kept_rows(converted), {"student.loss": "student"}, "Loss of the first part", "loss", marks=[])] if chart]},
+         "charts": _before(kept_rows(converted))},
         {"title": "Losses", "says": "Medians of short stretches of steps.",
          "charts": [chart for name, player in losses.items() if (chart := _chart(
              kept, {name: player}, f"Loss of the {player}", "loss", marks=marks))]},
@@ -125,13 +140,26 @@ def _sections(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None, co
         {"title": "Latents",
          "says": "The student's x0 and its reference of the same batch: what a perfect student would say, for lcm and finetune encoded pictures, for "
                  "dmd these or the teacher's outputs of the pairs.",
-         "charts": [chart for what, title in (("std", "Standard deviation"), ("mean", "Mean")) if (chart := _chart(
-             kept, {f"student.{name}_{what}": label for name, label in _LATENTS.items()}, title, title.lower(), marks=marks))]},
+         "charts": [chart for what, title in _MOMENTS if (chart := _latents(kept, what, title, marks))]},
         {"title": "Optimisers", "says": "Norm of all gradients of a player before clipping, and its learning rate.",
          "charts": [chart for chart in (
              _chart(kept, norms, "Norm of the gradients", "L2 norm", marks=marks, log=True),
              _chart(kept, rates, "Learning rate", "rate", marks=marks)) if chart]},
     ]  # fmt: skip
+
+
+def _before(kept: Sequence[Row]) -> list[dict[str, Any]]:
+    """All figures of what the student learned first."""
+    charts = [_chart(kept, {"student.loss": "student"}, "Loss of the first part", "loss", marks=[])]
+    charts += [_latents(kept, what, f"{title} of the first part", []) for what, title in _MOMENTS]
+    charts.append(_chart(kept, {"student.grad_norm": "student"}, "Norm of the gradients, first part", "L2 norm", marks=[], log=True))
+    charts.append(_chart(kept, {"student.learning_rate": "student"}, "Learning rate, first part", "rate", marks=[]))
+    return [chart for chart in charts if chart]
+
+
+def _latents(kept: Sequence[Row], what: str, title: str, marks: Sequence[float]) -> dict[str, Any] | None:
+    named = {f"student.{name}_{what}": label for name, label in _LATENTS.items()}
+    return _chart(kept, named, title, title.lower(), marks=marks)
 
 
 def _levels(names: Sequence[str], which: str) -> dict[str, str]:
@@ -160,22 +188,31 @@ def _shares(kept: Sequence[Row], named: Mapping[str, str], title: str, marks: Se
 
 
 def _fid(kept: Sequence[Row], marks: Sequence[float], seen: Seen | None) -> dict[str, Any] | None:
-    points = tuple((row["step"], row[FID]) for row in kept if FID in row)
-    if seen is None or not points:
+    if seen is None:
         return None
-    series = [Series("student", points, 1), Series("lowest: the weights in best/", ((float(seen.best_step), seen.best_fid),), 2)]
+    several = len(seen.steps) > 1
+    named = {FID: "mean of all" if several else "student"} | {fid_column(steps): plural(steps, "step") for steps in seen.steps if several}
+    lines = [(label, tuple((row["step"], row[name]) for row in kept if name in row)) for name, label in named.items()]
+    series = [Series(label, points, _LOOKS[number % len(_LOOKS)]) for number, (label, points) in enumerate(lines) if points]
+    whose = "the student's weights" if seen.keep == "best" else "the weights in best/"
+    series.append(Series(f"lowest: {whose}", ((float(seen.best_step), seen.best_fid),), 2))
     svg: Markup = line_chart(series, title="FID to the teacher", x_label="optimiser step", y_label="FID, lower is better", marks=marks)
     return {"title": "FID to the teacher", "svg": svg, "legend": [(line.label, swatch(line.slot)) for line in series]}
 
 
 def _looks(seen: Seen) -> dict[str, Any]:
     steps = sorted({*_evenly(list(seen.strips), _SHOWN), seen.best_step} & set(seen.strips))
-    lines = [{"label": "teacher", "note": "", "uri": _uri(seen.teacher)}]
+    lines: list[dict[str, Any]] = [{"label": "teacher", "note": "", "uri": _uri(seen.teacher), "lines": 1}]
     lines += [
-        {"label": f"step {grouped(step)}", "note": "lowest FID" if step == seen.best_step else "", "uri": _uri(seen.strips[step])}
+        {
+            "label": f"step {grouped(step)}",
+            "note": "lowest FID" if step == seen.best_step else "",
+            "uri": _uri(seen.strips[step]),
+            "lines": len(seen.steps),
+        }
         for step in steps
     ]
-    return {"captions": seen.captions, "lines": lines, "left_out": len(seen.strips) - len(steps)}
+    return {"captions": seen.captions, "counts": seen.steps, "lines": lines, "left_out": len(seen.strips) - len(steps)}
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:

@@ -23,7 +23,7 @@ from tests.tiny_pipelines import UNet2DConditionModel
 NOTHING = Conditioning(torch.zeros(1, 1, 1))
 
 
-@pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
+@pytest.mark.parametrize("kind", [*tiny_pipelines.KINDS, "ssd-1b"])
 def test_features_are_those_of_the_mid_block_and_the_copy_is_its_own(kind: tiny_pipelines.Kind, tmp_path: Path) -> None:
     tiny_pipelines.save(kind, tmp_path)
     pipeline = TeacherPipeline.load(tmp_path)
@@ -42,6 +42,18 @@ def test_features_are_those_of_the_mid_block_and_the_copy_is_its_own(kind: tiny_
     mine = {parameter.data_ptr() for parameter in discriminator.parameters()}
     assert mine.isdisjoint(parameter.data_ptr() for parameter in pipeline.unet.parameters())
     assert all(parameter.grad is None for parameter in pipeline.unet.parameters())
+
+
+def test_a_unet_without_a_middle_is_looked_at_where_its_encoder_ends() -> None:
+    unet = UNet2DConditionModel(**dict(tiny_pipelines.build("sd15").unet.config) | {"mid_block_type": None})
+    assert unet.mid_block is None
+    discriminator = unet_discriminator(unet, (4, 8, 8), conditional=True, seed=1)
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([999, 3]), Conditioning(torch.randn(2, 5, 16))
+    seen: dict[str, Tensor] = {}
+    unet.down_blocks[-1].register_forward_hook(lambda _module, _inputs, output: seen.update(end=output[0]))
+    unet(x, t, encoder_hidden_states=text.prompt_embeds)
+    assert torch.equal(discriminator.encoder(x, t, text), seen["end"])
+    assert discriminator(x, t, x, t, text).shape == (2,)
 
 
 def test_a_head_is_a_function_of_its_seed() -> None:

@@ -20,7 +20,7 @@ from tests.architectures import SDXL
 from tests.diffusion.test_lora import RANK, output, stir
 
 
-@pytest.fixture(scope="module", params=["sd15", "sd2-v", "sdxl"])
+@pytest.fixture(scope="module", params=[*tiny_pipelines.KINDS, "ssd-1b"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.save(request.param, tmp_path_factory.mktemp("pipelines") / request.param)
 

@@ -18,7 +18,7 @@ from stages.training import Draw, train
 from stages.training.figures import scalars, to_host
 from stages.training.latent_batches import LatentBatch, reader
 from tests.stages.mixtures import CPU, MEANS, SCHEDULE, MixtureSet
-from tests.stages.test_lightning import SmallStudent, config, in_training, mixture
+from tests.stages.test_lightning import LinearStudent, SmallStudent, config, in_training, mixture
 from tests.training.toys import make_workspace
 
 STARTS = (999, 749, 499, 249)
@@ -112,6 +112,78 @@ def test_renoised_predictions_share_their_noise_and_level() -> None:
     alpha_t, sigma_t = SCHEDULE.alpha_sigma(made.sample.timesteps[0])
     expected = alpha * (made.sample.x_t - sigma_t * eps) / alpha_t + sigma * made.eps
     torch.testing.assert_close(fakes[0], expected, rtol=1e-4, atol=1e-4)
+
+
+class LinearEncoder(nn.Module):
+    """E x at every timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(MEANS[0].numel(), 6, bias=False)
+
+    def forward(self, x: Tensor, _timesteps: Tensor, _conditioning: Conditioning) -> Tensor:
+        features: Tensor = self.linear(x.flatten(1))
+        return features
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("levels", [(), (10, 249, 499, 749)])
+def test_gradients_through_jump_re_noising_and_discriminator_by_hand(levels: tuple[int, ...], conditional: bool) -> None:
+    """All networks linear: the output is W x_t + b, the logit h_s . E x_s + h_t . E x_t + h_0.
+
+    x_s is linear in the output, with the slope g = sigma_s - alpha_s sigma_t / alpha_t of DDIM's move, or re-noised -alpha_* sigma_t / alpha_t. So
+    dL_G/dW = sum_b -(1 - p_b)/B g_b (E^T h_s) x_t,b^T, and L_D's gradients are sums of -(1 - p) real and q fake.
+    """
+    chosen = (
+        settings(4, 1, STARTS, renoise_timesteps=levels, conditional=conditional) if levels else settings(8, 4, conditional=conditional)
+    )
+    student = LinearStudent()
+    head = nn.Sequential(nn.Linear(12 if conditional else 6, 1), nn.Flatten(0))
+    discriminator: Discriminator = Discriminator(LinearEncoder(), head, conditional=conditional)
+    link = AdversarialLink(chosen, teacher=mixture(), student=in_training(student), discriminator=discriminator)
+    made, _ = prepared(link)
+    assert (made.eps is not None) == bool(levels)
+
+    encoder, last = discriminator.encoder.linear.weight, head[0]
+    w, b, e, h, h_0 = (each.detach().double() for each in (student.linear.weight, student.linear.bias, encoder, last.weight[0], last.bias))
+    h_s, h_t = h[:6], h[6:] if conditional else torch.zeros(6, dtype=torch.float64)
+    x_t, real = made.sample.x_t.flatten(1).double(), made.real.flatten(1).double()
+    abar = torch.cat([SCHEDULE.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])  # the clean state's, -1, at the end
+    of = [(abar[at].sqrt()[:, None], (1 - abar[at]).sqrt()[:, None]) for at in (made.sample.timesteps[0], made.level)]
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = of
+    eps = x_t @ w.T + b
+    added = eps if made.eps is None else made.eps.flatten(1).double()
+    fake = alpha_s * (x_t - sigma_t * eps) / alpha_t + sigma_s * added
+    slope = -alpha_s * sigma_t / alpha_t + (sigma_s if made.eps is None else 0)
+    p, q = (torch.sigmoid(x_s @ e.T @ h_s + x_t @ e.T @ h_t + h_0)[:, None] for x_s in (real, fake))
+
+    of_fake = -(1 - q) / len(q) * (e.T @ h_s)
+    check(
+        link,
+        made,
+        STUDENT,
+        -q.log().mean(),
+        {student.linear.weight: (slope * of_fake).T @ x_t, student.linear.bias: (slope * of_fake).sum(0)},
+    )
+    of_real, of_fake = -(1 - p) / len(p), q / len(q)  # of the logits
+    moved, seen = (of_real * real + of_fake * fake).sum(0), ((of_real + of_fake) * x_t).sum(0)
+    expected = {
+        encoder: torch.outer(h_s, moved) + torch.outer(h_t, seen),
+        last.weight: torch.cat([e @ moved, *([e @ seen] if conditional else [])])[None],
+        last.bias: (of_real + of_fake).sum(0),
+    }
+    check(link, made, DISCRIMINATOR, -(p.log() + (1 - q).log()).mean(), expected)
+
+
+def check(link: AdversarialLink, made: Judged, player: str, loss: Tensor, gradients: dict[nn.Parameter, Tensor]) -> None:
+    """A player's loss and all its gradients."""
+    found = link.loss(player, made, Draw(1, (0,), range(64), CPU))["loss"]
+    assert isinstance(found, Tensor)
+    assert float(found.detach()) == pytest.approx(float(loss), rel=1e-4)
+    assert set(gradients) == set(link.players[player].parameters.values())
+    for parameter, gradient in zip(gradients, torch.autograd.grad(found, list(gradients)), strict=True):
+        expected = gradients[parameter]
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 1 / 4), (4, 5 / 8)])

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from flows.cli import main
 from schemas.errors import BadInput, RunFailed
 from stages.compose import Ask, compose, write
-from stages.compose.sources import find_sources, parse_weights
+from stages.compose.grid import draw_weights
+from stages.compose.sources import Form, find_sources, parse_weights
 from stages.diffusion.lora import LORA_FILE, add_lora, lora_parameters, save_lora
 from stages.diffusion.pipeline import TeacherPipeline
 from stages.sample import read_composition, read_description, sample
@@ -26,7 +28,7 @@ from tests.distilled import Chain, shake
 from tests.workspaces import open_store
 
 WEIGHTS = (0.9, 0.6)
-FORMS = ("lora", "unet", "adapters")
+FORMS: tuple[Form, ...] = ("lora", "unet", "adapters")
 
 
 def style_file(unet: Any, path: Path, *, rank: int = 3, alpha: float = 5.0, seed: int = 9) -> Path:
@@ -177,6 +179,51 @@ def test_the_grid_is_the_weights(composed: Composed, tmp_path: Path) -> None:
         compose(Ask(str(composed.base), composed.acceleration.identity), str(tmp_path / "o"), store=composed.chain.store, grid=True)
 
 
+def test_the_grid_varies_the_weight_of_each_style_in_turn(composed: Composed) -> None:
+    """Every cell is painted with the weights it was drawn with: of acceleration and both styles in red, green and blue, where 100 is the weight 1."""
+    ask = Ask(str(composed.base), composed.acceleration.identity, (str(composed.style),) * 2, (0.9, 0.6, 0.3))
+    sources = find_sources(ask, composed.chain.store)
+    drawn: list[dict[str, float]] = []
+
+    class Pipeline:
+        def set_adapters(self, names: list[str], adapter_weights: list[float]) -> None:
+            self.weights = dict(zip(names, adapter_weights, strict=True))
+
+        def __call__(self, _prompt: str, **_: object) -> Any:
+            drawn.append(self.weights)
+            colour = [round(100 * self.weights[name]) for name in ("acceleration", "style", "style-2")]
+            return SimpleNamespace(images=[np.full((16, 16, 3), colour, np.uint8)])
+
+    picture = np.asarray(draw_weights(Pipeline(), sources, "the cat", 0))
+    accelerations, first, second = (0.0, 0.5, 0.75, 0.9, 1.0), (0.0, 0.4, 0.6, 0.8, 1.2), (0.0, 0.3, 0.4, 0.8, 1.2)
+    expected = {(each, weight, 0.3) for each in accelerations for weight in first}
+    expected |= {(each, 0.6, weight) for each in accelerations for weight in second}
+    assert {tuple(weights.values()) for weights in drawn} == expected
+    shown = {tuple(colour) for colour in picture.reshape(-1, 3)[::7].tolist()}
+    assert {tuple(round(100 * weight) for weight in cell) for cell in expected} <= shown
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lightnings_lora_composes_as_diffusers_composes_it(*, composed: Composed, form: Form, tmp_path: Path) -> None:
+    chain = composed.chain
+    acceleration = chain.lightning_lora(4)
+    ask = Ask(str(composed.base), acceleration.identity, (str(composed.style),), WEIGHTS, (form,))
+    folder = compose(ask, str(tmp_path / "out"), store=chain.store)
+    variant = read_description(folder).variants[f"composed-{form}"]
+    assert (variant.sampler, variant.scheduler, variant.steps) == ("trailing", "EulerDiscreteScheduler", (4,))
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(composed.base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(chain.store.fetch(acceleration), weight_name=LORA_FILE, adapter_name="a")
+    pipeline.load_lora_weights(composed.style.parent, weight_name=composed.style.name, adapter_name="s")
+    pipeline.set_adapters(["a", "s"], adapter_weights=list(WEIGHTS))
+    euler: Any = diffusers.EulerDiscreteScheduler
+    pipeline.scheduler = euler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    generator = torch.Generator().manual_seed(3)
+    expected = np.asarray(pipeline("the cat", num_inference_steps=4, guidance_scale=0, generator=generator).images[0]).astype(int)
+    drawn = np.asarray(sample(folder, "the cat", steps=4, seed=3)).astype(int)
+    assert np.abs(drawn - expected).max() <= (0 if form == "adapters" else 2)
+
+
 def test_without_a_style_the_base_is_only_accelerated(composed: Composed, tmp_path: Path) -> None:
     """By default with the weight 1: the LoRA itself on another base."""
     folder = compose(Ask(str(composed.base), composed.acceleration.identity), str(tmp_path / "out"), store=composed.chain.store)
@@ -234,6 +281,26 @@ def test_an_acceleration_that_is_only_a_file_is_told_how_it_is_sampled(composed:
     inside = find_sources(Ask(str(composed.base), str(composed.folder / "composed-lora")), None)
     assert inside.sampling.sampler == "lcm" and inside.sampling.steps == (4, 2), "a published model says it"
     _refused(composed, "expected these, or neither option", sampler="trailing")
+
+
+def test_the_runs_own_styles_and_bases_compose_as_the_same_files_do(composed: Composed, tmp_path: Path) -> None:
+    """What `finetune` publishes, named as artifacts, beside the same as a folder and a file."""
+    chain = composed.chain
+    style, base = chain.style(), chain.finetuned_base(composed.base)
+    ask = Ask(base.identity[:12], composed.acceleration.identity, (style.identity[:12],), WEIGHTS)
+    folder = compose(ask, str(tmp_path / "own"), store=chain.store)
+    file = tmp_path / "style.safetensors"
+    shutil.copyfile(chain.store.fetch(style) / LORA_FILE, file)
+    same = compose(
+        Ask(str(composed.base), composed.acceleration.identity, (str(file),), WEIGHTS), str(tmp_path / "same"), store=chain.store
+    )
+    for name in (f"composed-lora/{LORA_FILE}", "unet/diffusion_pytorch_model.safetensors"):
+        assert (folder / name).read_bytes() == (same / name).read_bytes(), name
+    ingredient = read_composition(folder).ingredients[1]
+    assert (ingredient.name, ingredient.identity) == ("finetune-style", style.identity)
+    assert read_composition(folder).base_digest == read_composition(same).base_digest
+    _refused(composed, "--acceleration .*: is an artifact of the kind finetuned_lora, expected student_lora", acceleration=style.identity)
+    _refused(composed, "--style .*: is an artifact of the kind teacher, expected finetuned_lora or student_lora", styles=(base.identity,))
 
 
 def test_numbers_are_read_with_commas() -> None:

@@ -25,28 +25,34 @@ STEPS, SIGMA_DATA, SCALING, HUBER_C = 50, 0.5, 10.0, 0.001
 
 
 class Script:
-    """What a training step of the scripts computes: eps-prediction, LCM's guidance, a DDIM solver on 50 timesteps."""
+    """What a training step of the scripts computes: eps- or v-prediction, LCM's guidance, a DDIM solver on 50 timesteps."""
 
     def __init__(self, teacher: TeacherPipeline) -> None:
         known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
         self.scheduler = DDPMScheduler(**{name: teacher.scheduler_config[name] for name in known})
         self.abar = self.scheduler.alphas_cumprod
+        self.says_v = teacher.scheduler_config.get("prediction_type") == "v_prediction"
         self.grid = (torch.arange(1, STEPS + 1) * (1000 // STEPS)).round().long() - 1
         self.before = torch.cat([self.abar[:1], self.abar[self.grid[:-1]]])  # where a step from each of the grid ends
 
-    def x0(self, noise_pred: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    def x0(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
         abar = self.abar[t].reshape(-1, 1, 1, 1)
-        return (x - (1 - abar).sqrt() * noise_pred) / abar.sqrt()
+        return abar.sqrt() * x - (1 - abar).sqrt() * output if self.says_v else (x - (1 - abar).sqrt() * output) / abar.sqrt()
 
-    def f(self, noise_pred: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    def eps(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        abar = self.abar[t].reshape(-1, 1, 1, 1)
+        return abar.sqrt() * output + (1 - abar).sqrt() * x if self.says_v else output
+
+    def f(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
         s = (SCALING * t).reshape(-1, 1, 1, 1)
-        return SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2) * x + s / (s**2 + SIGMA_DATA**2) ** 0.5 * self.x0(noise_pred, t, x)
+        return SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2) * x + s / (s**2 + SIGMA_DATA**2) ** 0.5 * self.x0(output, t, x)
 
     def solved(self, conditional: Tensor, unconditional: Tensor, x: Tensor, w: Tensor, index: Tensor) -> Tensor:
         """z_hat_n: x0 and eps are each guided, as c + w (c - u)."""
         w, t, abar = w.reshape(-1, 1, 1, 1), self.grid[index], self.before[index].reshape(-1, 1, 1, 1)
         of_text, of_none = self.x0(conditional, t, x), self.x0(unconditional, t, x)
-        eps = conditional + w * (conditional - unconditional)
+        eps, without = self.eps(conditional, t, x), self.eps(unconditional, t, x)
+        eps = eps + w * (eps - without)
         return abar.sqrt() * (of_text + w * (of_text - of_none)) + (1 - abar).sqrt() * eps
 
 
@@ -65,7 +71,7 @@ def stir(network: Any, only: str) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize(("kind", "network"), [("sdxl", "lora"), ("sdxl", "unet"), ("sd15", "unet")])
+@pytest.mark.parametrize(("kind", "network"), [("sdxl", "lora"), ("sdxl", "unet"), ("sd15", "unet"), ("sd2-v", "lora"), ("sd2-v", "unet")])
 @pytest.mark.parametrize("loss", ["l2", "huber"])
 def test_the_loss_is_the_scripts(tmp_path: Path, kind: tiny_pipelines.Kind, network: str, loss: str) -> None:
     teacher = TeacherPipeline.load(tiny_pipelines.save(kind, tmp_path / "teacher"))
@@ -118,7 +124,8 @@ def test_the_loss_is_the_scripts(tmp_path: Path, kind: tiny_pipelines.Kind, netw
 
     text = (conditioning.prompt_embeds, conditioning.pooled)
     nothing = tuple(None if each is None else each.expand(len(PROMPTS), *each.shape[1:]) for each in (none.prompt_embeds, none.pooled))
-    assert kind == "sd15" or not nothing[0].any(), "the SDXL scripts' unconditional is zero"  # type: ignore[union-attr]
+    assert kind != "sdxl" or not nothing[0].any(), "the SDXL scripts' unconditional is zero"  # type: ignore[union-attr]
+    assert script.says_v == (kind == "sd2-v")
     noisy = script.scheduler.add_noise(latents, draw.normal("noise", latents.shape[1:]), start)
     value = script.f(ask(student.unet, noisy, start, *text), start, noisy)
     with torch.no_grad():

@@ -71,6 +71,20 @@ class SmallStudent(nn.Module):
         return outputs[place, torch.arange(len(x_t))].reshape(x_t.shape)
 
 
+class LinearStudent(nn.Module):
+    """W x_t + b, at every timestep: its gradients can be written down."""
+
+    def __init__(self, kind: str = "epsilon") -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.linear = nn.Linear(MEANS[0].numel(), MEANS[0].numel())
+        self.schedule, self.prediction = SCHEDULE, PREDICTION_TYPES[kind]
+
+    def forward(self, x_t: Tensor, _timesteps: Tensor, _conditioning: Conditioning) -> Tensor:
+        output: Tensor = self.linear(x_t.flatten(1)).reshape(x_t.shape)
+        return output
+
+
 def in_training(network: Any) -> Student:
     return Student(network, dict(network.named_parameters()), network.state_dict())
 
@@ -107,6 +121,39 @@ def test_the_target_is_ddim_of_diffusers(kind: str, teacher_steps: int, steps: i
             scheduler.num_inference_steps = 1000 // (int(timestep) - following)
             x = scheduler.step(output, int(timestep), x, return_dict=False)[0]
         torch.testing.assert_close(made.target[row : row + 1], x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_gradient_through_the_jump_by_hand(kind: str) -> None:
+    """dL/dW = sum_b 2/(B D) g_b (x_hat_s - x_s)_b x_t,b^T: x_hat_s is linear in the output, with the slope g that DDIM's move gives it."""
+    settings = config(8, 4)
+    student = LinearStudent(kind)
+    link = ProgressiveLink(settings, teacher=mixture(kind), student=in_training(student))
+    latents, conditioning = MixtureSet().samples(list(range(32)))
+    draw = Draw(1, (0,), range(32), CPU)
+    with torch.no_grad():
+        made = link.prepare(LatentBatch(latents, conditioning), draw)
+    loss = link.loss("student", made, draw)["loss"]
+    assert isinstance(loss, Tensor)
+    loss.backward()
+
+    x_t, t, s = made.sample.x_t.flatten(1).double(), made.sample.timesteps[0], made.sample.timesteps[-1]
+    assert CLEAN in s.tolist()
+    abar = torch.cat([SCHEDULE.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])  # the clean state's, -1, at the end
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ((abar[at].sqrt()[:, None], (1 - abar[at]).sqrt()[:, None]) for at in (t, s))
+    output = x_t @ student.linear.weight.detach().double().T + student.linear.bias.detach().double()
+    of_input, slope = {
+        "epsilon": (alpha_s / alpha_t, sigma_s - alpha_s * sigma_t / alpha_t),
+        "sample": (sigma_s / sigma_t, alpha_s - sigma_s * alpha_t / sigma_t),
+        "v_prediction": (alpha_s * alpha_t + sigma_s * sigma_t, sigma_s * alpha_t - alpha_s * sigma_t),
+    }[kind]
+    off = of_input * x_t + slope * output - made.target.flatten(1).double()
+    assert float(loss.detach()) == pytest.approx(float(off.square().mean()), rel=1e-4)
+    of_output = 2 / off.numel() * slope * off
+    weight, bias = of_output.T @ x_t, of_output.sum(0)
+    for found, expected in ((student.linear.weight.grad, weight), (student.linear.bias.grad, bias)):
+        assert found is not None
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_at_the_last_timestep_the_input_is_pure_noise_and_elsewhere_it_is_the_forward_process() -> None:

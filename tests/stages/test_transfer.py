@@ -168,6 +168,30 @@ def test_its_pictures_are_those_of_diffusers_own_composition(elsewhere: Elsewher
             assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, name
 
 
+def test_lightnings_lora_goes_elsewhere_as_lcms_does(elsewhere: Elsewhere) -> None:
+    """On another base and under a style there: Euler on the trailing grid, without guidance."""
+    chain = elsewhere.chain
+    lightning = chain.lightning_lora(4)
+    found = elsewhere.run(elsewhere.config, "lightning", lightning_8_4_lora=lightning)
+    elsewhere_rows = {row for row in found.content.scores if row.startswith("lightning") and "+" in row}
+    assert elsewhere_rows == {f"lightning-8-4-lora@4+{name}" for name in ("other", "ink", "wide")}
+    folder = chain.store.fetch(found)
+    report = json.loads((folder / "report.json").read_text())
+    prompts = report["samples"]["examples"]
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(elsewhere.base)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(chain.store.fetch(lightning), weight_name=LORA_FILE, adapter_name="fast")
+    pipeline.load_lora_weights(elsewhere.folder, weight_name=elsewhere.style.name, adapter_name="ink")
+    pipeline.scheduler = make_scheduler("trailing", pipeline.scheduler.config, "epsilon")
+    for name, weights in (("other", [1.0, 0.0]), ("ink", [1.0, WEIGHT])):
+        pipeline.set_adapters(["fast", "ink"], adapter_weights=weights)
+        generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+        theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators).images
+        ours = list(read_pictures(folder / f"samples/lightning-8-4-lora-at-4-on-{name}"))[: len(prompts)]
+        for one, two in zip(ours, theirs, strict=True):
+            assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, name
+
+
 def test_another_aspect_ratio_is_diffusers_own(elsewhere: Elsewhere) -> None:
     folder = elsewhere.chain.store.fetch(elsewhere.chain.teacher)
     (row, *_) = rows_of(elsewhere.config.model_copy(update={"teacher_steps": (4,)}), elsewhere.chain.teacher.content, {})

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
 from schemas.lcm import LcmConfig
-from schemas.lightning import LinkConfig
+from schemas.lightning import LightningConfig, LinkConfig
 from schemas.manifest import Latents, Manifest, Teacher
 from schemas.recipe import Recipe
 from stages import lcm, lightning
@@ -23,13 +24,15 @@ from stages.diffusion.sampling import draw_noise, image_generator, make_schedule
 from stages.evaluate.feature_network import features_of
 from stages.evaluate.features import extractor_spec
 from stages.evaluate.fid import FeatureStatistics, frechet_distance
+from stages.publish.card import _training as card_training
 from stages.students import load_student, weight_files
 from stages.training import Row
 from stages.training.data import indices
 from stages.training.events import EVENTS_FILE, write_events
 from stages.training.metrics import kept_rows, read_metrics
 from stages.training.randomness import derive_seed
-from stages.watching.look import strip
+from stages.watching import artifact
+from stages.watching.look import StudentWatch, strip
 from stages.watching.report import Training, render_report
 from stages.workspace import Workspace
 from tests.training import artifacts
@@ -156,6 +159,61 @@ def test_lcm_is_looked_at_with_its_own_sampler(place: Place) -> None:
     assert made.content.best_step == 2
     lora = "pytorch_lora_weights.safetensors"
     assert (files / lora).read_bytes() == (files / "best" / lora).read_bytes()
+    look = read_metrics(files / "metrics.parquet")[-1]
+    by_steps = [look[f"student.fid_teacher_at_{steps}"] for steps in (2, 1)]
+    assert look["student.fid_teacher"] == pytest.approx(sum(by_steps) / 2, abs=1e-5)
+    assert by_steps[0] != by_steps[1]
+    shape = {name: Image.open(files / f"grids/{name}.png").size for name in ("teacher", "step-000002")}
+    assert shape["teacher"][0] == shape["step-000002"][0]
+    assert shape["step-000002"][1] > 2 * shape["teacher"][1], "a line for each step count"
+    page = (files / "report.html").read_text(encoding="utf-8")
+    for said in ("mean of all", "</svg>2 steps", "</svg>1 step", "From above in 2, 1 steps"):
+        assert said in page, said
+
+
+def test_looks_at_chosen_step_counts(place: Place) -> None:
+    known = {"training_steps": 1, "batch_size": 2, "warmup_steps": 0, "lora_rank": 2, "lora_alpha": 2, "steps": (2, 1)}
+    config = LcmConfig.model_validate(known | {"watch": WATCH | {"steps": (1,)}})
+    folder, teacher, latents = place
+    made = lcm.run(config, lcm.Inputs(teacher=teacher, latents=latents), artifacts.workspace(folder, config=config))
+    look = read_metrics(artifacts.open_store(folder).fetch(made) / "metrics.parquet")[-1]
+    assert [name for name in look if "fid_teacher" in name] == ["student.fid_teacher"]
+    with pytest.raises(ValueError, match=r"expected some of the student's step counts \[2, 1\]"):
+        LcmConfig.model_validate(known | {"watch": WATCH | {"steps": (4, 1)}})
+    with pytest.raises(ValueError, match="the student of each link has one step count"):
+        LightningConfig.model_validate({"watch": WATCH | {"steps": (4,)}})
+    with pytest.raises(ValueError, match=r"expected some of the student's step counts \[1\]"):
+        DmdConfig.model_validate({"watch": WATCH | {"steps": (4,)}})
+
+
+def test_where_the_best_is_kept_it_is_the_student(place: Place, watched: Manifest[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same training: what was kept beside the last is now read as the student, and the last lies beside it."""
+    plain = artifacts.open_store(place[0]).fetch(watched)
+    rows = read_metrics(plain / "metrics.parquet")
+    fids = {int(row["step"]): row["student.fid_teacher"] for row in rows if "student.fid_teacher" in row}
+    falling = dict(zip(sorted(fids), (1.0, 2.0, 3.0), strict=True))  # quality falls with training
+    measured = iter([*falling.values(), 4.0])
+    monkeypatch.setattr(StudentWatch, "_fid", lambda *_: next(measured))
+    made = run_link(place, link(watch=WATCH | {"keep": "best"}))
+    files = artifacts.open_store(place[0]).fetch(made)
+    assert (made.content.kept, made.content.best_step, made.content.weights_step) == ("best", 3, 3)
+    assert (watched.content.kept, watched.content.weights_step) == ("last", 7)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (files / "last" / name).read_bytes() == (plain / name).read_bytes()
+    assert not (files / "best").exists()
+    assert sorted(weight_files(made)) == ["unet/config.json", name]
+
+    read = artifacts.open_store(place[0]).fetch(made, weight_files(made))
+    loaded = load_student(TeacherPipeline.load(artifacts.open_store(place[0]).fetch(place[1])), made, read).unet.state_dict()
+    early = run_link(place, link(training_steps=3))  # the third step's weights: the rate is constant
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in load_file(artifacts.open_store(place[0]).fetch(early) / name).items())
+    assert any(not torch.equal(loaded[key], tensor) for key, tensor in load_file(plain / name).items())
+
+    page = (files / "report.html").read_text(encoding="utf-8")
+    assert "step 3; the student&#39;s weights" in page
+    assert "lowest: the student&#39;s weights" in page or "lowest: the student's weights" in page
+    assert card_training(made.content) == "3, the best of 7"
+    assert card_training(watched.content) == "7"
 
 
 def test_an_extractor_that_is_not_installed_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +242,27 @@ def test_tensorboard_reads_the_figures_that_led_to_the_result(tmp_path: Path) ->
     assert [step for step, _ in found] == list(range(1, 9))
     assert [event.step for event in read.Images("student/samples")] == [8]
     assert "discriminator/real_accuracy_at_249" in read.Tags()["scalars"]
+
+
+CONVERTED: list[Row] = [
+    {"step": step, "student.loss": 4 / step, "student.grad_norm": 2.0 / step, "student.learning_rate": 3e-4}
+    | {"student.x0_mean": 0.1, "student.x0_std": 0.9, "student.reference_mean": 0.0, "student.reference_std": 1.0}
+    for step in range(1, 12)
+]
+
+
+def test_the_conversion_has_its_own_tags_and_charts(place: Place, watched: Manifest[Any], tmp_path: Path) -> None:
+    """All figures of the training that went before, beside those of the same steps after it."""
+    artifact.save_report(tmp_path, Training(watched.content, ROWS, link(), watched.lineage, converted=CONVERTED))
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in CONVERTED[0].keys() - {"step"}:
+        found = [(event.step, event.value) for event in read.Scalars(f"conversion/{name}")]
+        assert found == [(int(row["step"]), pytest.approx(row[name])) for row in CONVERTED], name
+    assert [event.step for event in read.Scalars("student/loss")] == list(range(1, 9))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for said in ("Loss of", "Standard deviation of", "Mean of"):
+        assert f"<h3>{said} the first part</h3>" in page
+    assert "<h3>Norm of the gradients, first part</h3>" in page and "<h3>Learning rate, first part</h3>" in page
 
 
 def test_live_figures_go_where_the_installation_says(place: Place, tmp_path: Path) -> None:
@@ -217,5 +296,6 @@ def render_again(place: Place, made: Manifest[Any]) -> str:
     seed = derive_seed(3, "watch")
     captions = tuple(artifacts.CAPTIONS[index] for index in indices(seed, 0, 4, len(artifacts.CAPTIONS)))[:2]
     strips = {step: (files / f"grids/step-{step:06d}.png").read_bytes() for step in (3, 6, 7)}
-    seen = Seen(made.content.best_step, made.content.best_fid, {}, captions, strips, (files / "grids/teacher.png").read_bytes())
+    teacher = (files / "grids/teacher.png").read_bytes()
+    seen = Seen("last", made.content.best_step, made.content.best_fid, {}, captions, strips, teacher, (2,))
     return render_report(Training(made.content, read_metrics(files / "metrics.parquet"), link(), made.lineage, seen))

@@ -30,6 +30,10 @@ def test_networks_are_counted(shape: tuple[TeacherShape, int]) -> None:
     assert lora["teacher"] == 0 and unet < lora["student"] < 1.5 * unet
     divided = teacher.estimate(config(batch_size=2, world_size=2, sharding="full")).parts
     assert divided["fake_score"] == unet // 2 and divided["gathered"] > 0
+    assert divided["gradients"] == unet // 2
+    accumulated = teacher.estimate(config(batch_size=4, accumulation_steps=2, world_size=2, sharding="full")).parts
+    assert accumulated["gradients"] == unet, "whole until the last part of a batch"
+    assert accumulated["fake_score"] == unet // 2
 
 
 def test_more_outputs_and_a_gan_take_more(shape: tuple[TeacherShape, int]) -> None:

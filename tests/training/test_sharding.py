@@ -98,11 +98,30 @@ def _process(rank: int, world_size: int, place: Place, jobs: list[Job]) -> None:
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     for job in jobs:
         run(place, job, Parallel(rank, world_size))
+    counts = {steps: _reductions(place, steps, Parallel(rank, world_size)) for steps in (1, 2)}
+    (place[0] / f"reductions-{rank}.json").write_text(json.dumps(counts))
     distributed.destroy_process_group()
 
 
 def sharded(config: TrainingConfig, sharding: str) -> Any:
     return config.model_copy(update={"sharding": sharding})
+
+
+def _reductions(place: Place, accumulation_steps: int, parallel: Parallel) -> int:
+    """How often gradients are reduced in two steps of a link, by the process that asks."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    found, reduce = [], collectives.DefaultReduceScatter.__call__
+
+    def counted(self: Any, *arguments: Any, **named: Any) -> Any:
+        found.append(1)
+        return reduce(self, *arguments, **named)
+
+    config = sharded(link(training_steps=2, accumulation_steps=accumulation_steps, warmup_steps=0), "full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives.DefaultReduceScatter, "__call__", counted)
+        run(place, (f"counted-{accumulation_steps}", "lightning", config, False), parallel)
+    return len(found)
 
 
 SHORT, LONG = link(training_steps=2, accumulation_steps=2), link(accumulation_steps=2)
@@ -150,6 +169,12 @@ def compare(place: Place, one: str, other: str, rel: float = 2e-3, weights: floa
 def test_two_processes_with_a_part_each_train_as_one(place: Place, case: str, sharding: str) -> None:
     low = case == "bfloat16"
     compare(place, f"{case}-alone", f"{case}-{sharding}", rel=2e-2 if low else 2e-3, weights=2e-3 if low else 1e-4)
+
+
+def test_gradients_of_a_batch_in_parts_are_reduced_once(place: Place) -> None:
+    for rank in (0, 1):
+        counts = json.loads((place[0] / f"reductions-{rank}.json").read_text())
+        assert counts["1"] == counts["2"] > 0
 
 
 @pytest.mark.parametrize("case", ["joined-optimizer", "joined-full", "left-optimizer"])
