@@ -146,6 +146,8 @@ def test_the_chain_is_started_watched_and_retried_from_the_ui(chain: ToyChain, u
         tab.wait_for_text(f"\n{key}\n")
     tab.wait("document.querySelector('a[href$=\"/artifacts/key/chain\"]')", "the chain's artifact")
     tab.js("document.querySelector('a[href$=\"/artifacts/key/chain\"]').click()")
+    tab.wait("location.pathname.endsWith('/key/chain') && document.querySelector('a[href*=\"/artifacts/artifact/\"]')", "the newest of it")
+    tab.js("document.querySelector('a[href*=\"/artifacts/artifact/\"]').click()")
     tab.wait_for_text(f"Store: {chain.address}")
     assert "time when made" in tab.text() and chain.store.latest("toy", "select").identity[:12] in tab.text()
 
