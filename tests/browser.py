@@ -89,12 +89,15 @@ class Tab:
         find = f"({within})?.querySelectorAll({json.dumps(_ROLES[role])}) ?? []"
         label = f"(e.getAttribute('aria-label') || e.innerText).trim() === {json.dumps(name)}"
         place = self.wait(
-            f"""(() => {{
+            f"""(async () => {{
                 const e = [...({find})].find(e => {label} && !e.disabled && e.getClientRects().length);
                 if (!e) return null;
                 e.scrollIntoView({{block: 'center', behavior: 'instant'}});
-                const box = e.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
-                return e.contains(document.elementFromPoint(x, y)) && [x, y];  // not while a message lies over it
+                const place = () => {{ const box = e.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] }};
+                const before = place();
+                await new Promise(resolve => setTimeout(resolve, 200));
+                const [x, y] = place(), moved = x !== before[0] || y !== before[1];  // a page that is laid out anew would be clicked beside it
+                return !moved && e.contains(document.elementFromPoint(x, y)) && [x, y];  // nor while a message lies over it
             }})()""",
             f"the {role} {name!r}",
         )
