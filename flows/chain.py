@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from prefect import Flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from pydantic import Field
 
 from flows.gates import go_through_gates
 from flows.patience import tried_again
@@ -24,9 +25,11 @@ from schemas.recipe import Recipe
 from stages.gates import check_passes
 
 R = TypeVar("R")
-RECIPE = "The recipe, or the path of a recipe file on the machine that runs the flow."
-STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. Empty: DISTILL_STORE_ADDRESS."
-DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps. Empty: DISTILL_DEVICE of the machine that runs the flow, or cpu."
+RecipeText = Annotated[str, Field(title="file or YAML")]
+"""Named so in forms, which offer it beside the fields of `Recipe`."""
+RECIPE = "The recipe, field by field; or its file's path on the machine that runs the flow, or its text (YAML)."
+STORE = "Address of the artifact store, file:///folder or s3://bucket/prefix. None: DISTILL_STORE_ADDRESS."
+DEVICE = "Where networks run: cpu, cuda, cuda:0 or mps. None: DISTILL_DEVICE of the machine that runs the flow, or cpu."
 
 
 def link_report(recipe: Recipe, manifests: Mapping[str, Manifest], store: ArtifactStore) -> None:
@@ -37,9 +40,12 @@ def link_report(recipe: Recipe, manifests: Mapping[str, Manifest], store: Artifa
         create_link_artifact(address, "report.html", key="report", description=description)
 
 
+_FIELDS = "\n\nArgs:\n"
+
+
 def described(summary: str, **parameters: str) -> str:
     """Return a docstring in the form that Prefect shows: the summary on the flow's page, a sentence at each field of its form."""
-    return f"{summary}\n\nArgs:\n" + "\n".join(f"    {name}: {sentence}" for name, sentence in parameters.items())
+    return f"{summary}{_FIELDS}" + "\n".join(f"    {name}: {sentence}" for name, sentence in parameters.items())
 
 
 def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) -> Flow[..., R]:
@@ -52,11 +58,14 @@ def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) ->
         with requeued_when_preempted():
             return patient(*arguments, **named)
 
-    return Flow(whole, name=name, flow_run_name=run_name, result_serializer="json")
+    description = (body.__doc__ or "").partition(_FIELDS)[
+        0
+    ]  # the fields' sentences stand in the form; on the page they would be one paragraph
+    return Flow(whole, name=name, description=description, flow_run_name=run_name, result_serializer="json")
 
 
 def _chain(
-    recipe: Recipe | str,
+    recipe: Recipe | RecipeText,
     store: str | None = None,
     device: str | None = None,
     *,
@@ -76,7 +85,7 @@ _chain.__doc__ = described(
     store=STORE,
     device=DEVICE,
     pass_gates="Names of the recipe's gates to go past although they are not met. Empty: the chain stops at each that is not.",
-    until="Stage run to end with, such as encode: it and what it needs are run. Empty: the whole chain.",
+    until="Stage run to end with, such as encode: it and what it needs are run. None: the whole chain.",
 )
 distill_chain = make_flow(_chain, "distill-chain", recipe_run_name)
 

@@ -1,38 +1,28 @@
-"""A quality gate as a task of the chain's run: its page says figure and bound, and where it is not met the run fails there, with the reason."""
+"""A quality gate as a task of a flow run: its page says figure and bound, and where it is not met the run fails there, with the reason."""
 
-import logging
 from collections.abc import Collection
 
 from prefect import Task
 from prefect.artifacts import create_markdown_artifact
 
 from infra.store import ArtifactStore
-from schemas.errors import GateNotMet
 from schemas.gates import Gate
 from schemas.manifest import Manifest
-from stages.gates import Verdict, look
+from stages.gates import Verdict, gates_after, go_through, look
 from stages.plan import Node, Plan
-
-logger = logging.getLogger(__name__)
 
 
 def go_through_gates(plan: Plan, node: Node, manifest: Manifest, store: ArtifactStore, passed: Collection[str]) -> None:
     """Look at every gate after a stage run, each in a task of its own. Raises `GateNotMet` for one that is neither met nor among `passed`."""
-    for name, gate in plan.recipe.gates.items():
-        if gate.after == node.name:
-            _pass(name, gate, manifest, store, by_hand=name in passed)
+    for name, gate in gates_after(plan.recipe.gates, node.name).items():
+        _pass(name, gate, manifest, store, by_hand=name in passed)
 
 
 def _pass(name: str, gate: Gate, manifest: Manifest, store: ArtifactStore, *, by_hand: bool) -> None:
     def judge() -> None:
         verdict = look(name, gate, manifest, store)
         create_markdown_artifact(page(verdict, by_hand=by_hand), key=f"gate-{name}", description=verdict.sentence)
-        if verdict.met:
-            logger.info("%s", verdict.sentence)
-        elif by_hand:
-            logger.warning("%s: it is passed all the same, as was asked for", verdict.sentence)
-        else:
-            raise GateNotMet(f"{verdict.sentence}; to go on all the same: --pass-gate {name}, or pass_gates in the flow's form")
+        go_through(verdict, by_hand=by_hand)
 
     # neither cached, for the bound may be another, nor tried again
     Task(judge, name="gate", task_run_name=f"gate {name}", persist_result=False)()

@@ -12,10 +12,10 @@ from infra.progress import Progress
 from infra.settings import Settings
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
-from schemas.loading import load_recipe
+from schemas.loading import load_recipe, read_recipe
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
-from stages.gates import check_gates
+from stages.gates import check_gates, gates_after
 from stages.plan import Node, Plan, find_node, make_plan, nodes_of
 from stages.preflight import preflight, unfinished
 from stages.runner import Surroundings
@@ -40,8 +40,15 @@ def open_store(address: str | None = None) -> ArtifactStore:
 
 
 def as_recipe(recipe: Recipe | str) -> Recipe:
-    """Return the recipe itself, or the one in the file of that path. Raises `BadInput`."""
-    return recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    """Return the recipe itself, the one in the file of that path, or the one that the text is. Raises `BadInput`."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return read_recipe(recipe) if is_recipe_text(recipe) else load_recipe(Path(recipe))
+
+
+def is_recipe_text(recipe: str) -> bool:
+    """Whether it is a recipe's text, YAML or JSON, and not the path of its file."""
+    return "\n" in recipe or recipe.lstrip().startswith("{")
 
 
 def prepare(
@@ -63,9 +70,8 @@ def prepare(
     """
     recipe = as_recipe(recipe)
     nodes = nodes_of(recipe)
-    if only is None:
-        check_gates(recipe.gates, nodes)
     target = None if only is None else find_node(nodes, only)
+    check_gates(recipe.gates if target is None else gates_after(recipe.gates, target.name), nodes)
     found = open_store(store)
     given: dict[str, str] = {}
     for name, reference in (inputs or {}).items():

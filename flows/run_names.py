@@ -5,6 +5,9 @@ from typing import Any
 
 from prefect.runtime import flow_run
 
+from flows.preparation import is_recipe_text
+from schemas.errors import BadInput
+from schemas.loading import read_recipe
 from schemas.recipe import Recipe
 
 
@@ -24,4 +27,13 @@ def _recipe_name(parameters: dict[str, Any]) -> str:
         return recipe.name
     if isinstance(recipe, dict):
         return str(recipe.get("name", "recipe"))
-    return Path(recipe).stem if isinstance(recipe, str) else "tiny"
+    if isinstance(recipe, str):
+        return _named(recipe) if is_recipe_text(recipe) else Path(recipe).stem
+    return "tiny"
+
+
+def _named(text: str) -> str:
+    try:
+        return read_recipe(text).name
+    except BadInput:  # the run itself says why
+        return "recipe"

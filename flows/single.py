@@ -6,8 +6,9 @@ from prefect import Flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import StringConstraints
 
-from flows.chain import DEVICE, RECIPE, STORE, described, link_report, make_flow
-from flows.preparation import prepare
+from flows.chain import DEVICE, RECIPE, STORE, RecipeText, described, link_report, make_flow
+from flows.gates import go_through_gates
+from flows.preparation import as_recipe, prepare
 from flows.results import result_storage
 from flows.run_names import stage_run_name
 from flows.tasks import Json, run_stage, stage_progress
@@ -15,6 +16,7 @@ from flows.texts import manifest_page
 from schemas.base import Sha256
 from schemas.errors import BadInput
 from schemas.recipe import Recipe
+from stages.gates import check_passes
 from stages.registry import STAGES, Stage
 
 InputReference = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64}|latest:[a-z0-9][a-z0-9-]{0,62})$")]
@@ -23,14 +25,17 @@ InputReference = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64}|lates
 
 def _flow_of(stage: Stage) -> Flow[..., Json]:
     def run_single(
-        recipe: Recipe | str,
+        recipe: Recipe | RecipeText,
         store: str | None = None,
         device: str | None = None,
         *,
         inputs: dict[str, InputReference] | None = None,
         run: str | None = None,
         identity: Sha256 | None = None,
+        pass_gates: tuple[str, ...] = (),
     ) -> Json:
+        recipe = as_recipe(recipe)
+        check_passes(pass_gates, recipe.gates)
         prepared = prepare(recipe, store, device, progress=stage_progress, only=run or stage.name, inputs=inputs)
         plan, surroundings = prepared.plan, prepared.surroundings
         node = plan.node(run or stage.name)
@@ -42,6 +47,7 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
         manifest, result = run_stage(plan, node, surroundings, {}, result_storage(surroundings.store))
         create_markdown_artifact(manifest_page(manifest, surroundings.store), key=f"{node.name}-result", description=node.stage)
         link_report(plan.recipe, {node.name: manifest}, surroundings.store)
+        go_through_gates(plan, node, manifest, surroundings.store, pass_gates)
         return result
 
     run_single.__doc__ = described(
@@ -51,7 +57,8 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
         device=DEVICE,
         inputs="Artifacts to read, by input or stage run (teacher, latents, lightning-8-4). Identities, or latest:recipe.",
         run="Which run, where the recipe has several of this stage, such as lightning-8-4.",
-        identity="The artifact that the run is to make, and is refused unless it would. Empty: whichever it makes. A chain fills it in.",
+        identity="The artifact that the run is to make, and is refused unless it would. None: whichever it makes. A chain fills it in.",
+        pass_gates="Names of the recipe's gates to go past although they are not met. Empty: the run fails where one after this stage is not.",
     )
     return make_flow(run_single, f"distill-{stage.name}", stage_run_name)
 

@@ -1,6 +1,6 @@
 """The tiny recipe from end to end, with every byte it made read again: for a nightly schedule and for CI."""
 
-from flows.chain import DEVICE, STORE, described, make_flow, run_chain
+from flows.chain import DEVICE, STORE, RecipeText, described, make_flow, run_chain
 from flows.demo import FOLDER, PROJECT
 from flows.preparation import as_recipe, prepare
 from flows.routing import sections_elsewhere
@@ -13,7 +13,7 @@ from schemas.loading import load_recipe
 from schemas.recipe import Recipe
 
 
-def _smoke(recipe: Recipe | str | None = None, store: str | None = None, device: str | None = None) -> dict[str, str]:
+def _smoke(recipe: Recipe | RecipeText | None = None, store: str | None = None, device: str | None = None) -> dict[str, str]:
     if recipe is not None:
         return _verified(recipe, store, device)
     collection = make_collection(FOLDER.absolute())
@@ -33,7 +33,7 @@ def _verified(recipe: Recipe | str, store: str | None, device: str | None) -> di
 
 _smoke.__doc__ = described(
     "Run the chain on the tiny recipe and verify every file of every artifact; fails naming what is damaged.",
-    recipe="The recipe, or the path of a recipe file. Empty: the tiny recipe, on pictures that are drawn and served here.",
+    recipe="The recipe, its file's path, or its text. None: the tiny recipe, on pictures that are drawn and served here.",
     store=STORE,
     device=DEVICE,
 )

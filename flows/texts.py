@@ -1,5 +1,6 @@
 """Artifacts and chains in words: rows for a terminal, markdown for a run's page in Prefect."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,11 +69,16 @@ def chain_page(name: str, manifests: Mapping[str, Manifest], made: Iterable[str]
 def failure_page(recipe: str, node: str, store: ArtifactStore, reason: str) -> str:
     """Why a stage run failed, and how to go on."""
     return (
-        f"## {node} failed\n\n```\n{reason}\n```\n\n"
+        f"## {node} failed\n\n{_quoted(reason)}\n\n"
         "What is finished is kept. To go on, once the reason is mended: *Retry* on this run, or with the file of the recipe "
-        f"{recipe}\n\n```sh\ndistill run RECIPE --store {store.address}          # the chain, from where it failed\n"
-        f"distill stage {node} RECIPE --store {store.address}   # this stage alone\n```\n"
+        f"{recipe} the chain, from where it failed, or this stage alone:\n\n"
+        f"```sh\ndistill run RECIPE --store {store.address}\ndistill stage {node} RECIPE --store {store.address}\n```\n"
     )
+
+
+def _quoted(text: str) -> str:
+    """Plain text as a quotation, which is folded to the page's width as a block of code is not."""
+    return "\n>\n".join("> " + re.sub(r"[\\`*_<>\[\]#|~]", r"\\\g<0>", line) for line in text.splitlines())
 
 
 def size(count: int) -> str:

@@ -35,7 +35,14 @@ Mistake = tuple[Place, object, str]
 class Model(BaseModel):
     """A frozen pydantic model that refuses unknown fields, infinities and NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        field_title_generator=lambda name, _: name,  # forms then name every field, sections too, as a recipe and its mistakes do
+    )
 
     cross_checks: ClassVar[tuple[Callable[[Any], Iterable[Mistake]], ...]] = ()
     """What no field can check alone. Every mistake of every check is reported, each at its own place."""

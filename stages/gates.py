@@ -1,13 +1,14 @@
 """Quality gates: whether their figures can be had, told before any work, and what the figures are once an artifact is there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from infra.store import ArtifactStore
 from schemas.base import Model
 from schemas.dmd import DmdConfig
-from schemas.errors import BadInput
+from schemas.errors import BadInput, GateNotMet
 from schemas.evaluation import EvaluateConfig
 from schemas.gates import LOSS, Gate
 from schemas.lcm import LcmConfig
@@ -17,6 +18,8 @@ from schemas.manifest import Content, Evaluation, Manifest
 from schemas.training import StudentTraining
 from stages.plan import Node
 from stages.registry import stage
+
+logger = logging.getLogger(__name__)
 
 TEACHER = "teacher"
 """In the place of a student: the teacher's own rows."""
@@ -109,6 +112,27 @@ def _figures(node: Node) -> list[str]:
     if isinstance(node.config, StudentTraining):
         names = [LOSS, *(name for name in names if name != "best_fid" or node.config.watch is not None)]
     return list(dict.fromkeys(names))
+
+
+def gates_after(gates: Mapping[str, Gate], node: str) -> dict[str, Gate]:
+    """Return the gates that a run's artifact has to go through."""
+    return {name: gate for name, gate in gates.items() if gate.after == node}
+
+
+def go_through(verdict: Verdict, *, by_hand: bool) -> None:
+    """Say in the log what became of a gate. Raises `GateNotMet` unless it is met or passed `by_hand`."""
+    if verdict.met:
+        logger.info("%s", verdict.sentence)
+    elif by_hand:
+        logger.warning("%s: it is passed all the same, as was asked for", verdict.sentence)
+    else:
+        raise GateNotMet(f"{verdict.sentence}; to go on all the same: --pass-gate {verdict.name}, or pass_gates in the flow's form")
+
+
+def go_through_gates(gates: Mapping[str, Gate], manifest: Manifest, store: ArtifactStore, passed: Collection[str]) -> None:
+    """Look at every gate after the run that made an artifact. Raises `GateNotMet` for the first that is neither met nor among `passed`."""
+    for name, gate in gates_after(gates, manifest.lineage.node).items():
+        go_through(look(name, gate, manifest, store), by_hand=name in passed)
 
 
 def look(name: str, gate: Gate, manifest: Manifest, store: ArtifactStore) -> Verdict:

@@ -1,5 +1,6 @@
 """A headless Chromium for tests of pages, told what to do over its DevTools protocol. websockets comes with Prefect."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -14,11 +15,19 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-SECONDS = 60
+SECONDS = 300
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
+
+_ROLES = {
+    "button": "button, [role=button]",
+    "link": "a",
+    "tab": "[role=tab]",
+    "menuitem": "[role=menuitem]",
+}
+"""Selectors of what has a role."""
 
 
 @dataclass
@@ -44,16 +53,66 @@ class Tab:
 
     def open(self, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
         """Open a file at a width and height in CSS pixels, in the scheme `light` or `dark`, and wait until it is there."""
+        self._prepare(width, height, scheme)
+        self.call("Page.navigate", url=page.as_uri())
+        self.wait("document.readyState + ' ' + location.protocol === 'complete file:'", str(page))
+
+    def visit(self, url: str, width: int = 1300, height: int = 1000) -> None:
+        """Go to an address at a width and height in CSS pixels. What a page of scripts then shows is to be waited for."""
+        self._prepare(width, height, "light")
+        self.call("Page.navigate", url=url)
+
+    def _prepare(self, width: int, height: int, scheme: str) -> None:
         self.events.clear()
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=page.as_uri())
-        deadline = time.monotonic() + SECONDS
-        while self.js("document.readyState + ' ' + location.protocol") != "complete file:":
-            assert time.monotonic() < deadline, f"{page} is not there after {SECONDS} s"
+
+    def wait(self, expression: str, what: str, seconds: float = SECONDS) -> Any:
+        """Wait until an expression in the page is true, and return its value."""
+        deadline = time.monotonic() + seconds
+        while not (found := self.js(expression)):
+            assert time.monotonic() < deadline, f"{what} is not there after {seconds} s; the page: {self.text()[-2000:]}"
             time.sleep(0.05)
+        return found
+
+    def text(self) -> str:
+        """What a reader of the page sees, as text."""
+        return str(self.js("document.body ? document.body.innerText : ''"))
+
+    def wait_for_text(self, text: str, seconds: float = SECONDS) -> None:
+        """Wait until the page has a text."""
+        self.wait(f"document.body && document.body.innerText.includes({json.dumps(text)})", repr(text), seconds)
+
+    def click(self, name: str, role: str, within: str = "document") -> None:
+        """Wait for a button, link, tab or menu item of that name, the first of them, and click it with the mouse. `within`: an expression."""
+        find = f"({within})?.querySelectorAll({json.dumps(_ROLES[role])}) ?? []"
+        label = f"(e.getAttribute('aria-label') || e.innerText).trim() === {json.dumps(name)}"
+        place = self.wait(
+            f"""(async () => {{
+                const e = [...({find})].find(e => {label} && !e.disabled && e.getClientRects().length);
+                if (!e) return null;
+                e.scrollIntoView({{block: 'center', behavior: 'instant'}});
+                const place = () => {{ const box = e.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] }};
+                const before = place();
+                await new Promise(resolve => setTimeout(resolve, 200));
+                const [x, y] = place(), moved = x !== before[0] || y !== before[1];  // a page that is laid out anew would be clicked beside it
+                return !moved && e.contains(document.elementFromPoint(x, y)) && [x, y];  // nor while a message lies over it
+            }})()""",
+            f"the {role} {name!r}",
+        )
+        for event in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=event, x=place[0], y=place[1], button="left", clickCount=1)
+
+    def type(self, element: str, text: str) -> None:
+        """Wait for a field, given as an expression, and type a text in the place of what is in it."""
+        self.wait(f"(() => {{ const e = {element}; if (!e) return false; e.focus(); e.select(); return true }})()", element)
+        self.call("Input.insertText", text=text)
+
+    def picture(self, path: Path) -> None:
+        """Save what is seen as a PNG."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def js(self, expression: str) -> Any:
         """The value of an expression in the page. One that throws fails the test."""

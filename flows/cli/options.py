@@ -22,6 +22,9 @@ Store = Annotated[
 Device = Annotated[
     str | None, typer.Option("--device", help="Where networks run: cpu, cuda, cuda:0, mps. Default: DISTILL_DEVICE, or cpu.")
 ]
+PassGate = Annotated[
+    list[str] | None, typer.Option("--pass-gate", metavar="NAME", help="Go on although this gate is not met; may be repeated.")
+]
 LostAfter = Annotated[
     int,
     typer.Option(

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from flows.cli.console import output
-from flows.cli.options import Also, Device, Overrides, RecipeFile, Store, with_also
+from flows.cli.options import Also, Device, Overrides, PassGate, RecipeFile, Store, with_also
 from infra.progress import Progress, local_progress
 from infra.store import ArtifactStore
 from schemas.errors import BadInput
@@ -32,9 +32,7 @@ def run(
     also: Also = None,
     store: Store = None,
     device: Device = None,
-    pass_gate: Annotated[
-        list[str] | None, typer.Option("--pass-gate", metavar="NAME", help="Go on although this gate is not met; may be repeated.")
-    ] = None,
+    pass_gate: PassGate = None,
 ) -> None:
     """Run a whole recipe. What is finished is skipped, what was interrupted goes on."""
     from flows.local import run_here
@@ -57,16 +55,21 @@ def stage(
     also: Also = None,
     store: Store = None,
     device: Device = None,
+    pass_gate: PassGate = None,
 ) -> None:
     """Run one stage of a recipe alone, without Prefect. Its inputs are found on the store by identity, or given."""
     from flows.preparation import prepare
+    from stages.gates import check_passes, go_through_gates
     from stages.runner import execute
 
     parsed = load_recipe(recipe, with_also(overrides, also))
+    passed = tuple(pass_gate or ())
+    check_passes(passed, parsed.gates)
     prepared = prepare(parsed, store, device, progress=_progress, only=name, inputs=_given(inputs or ()))
     node = prepared.plan.node(name)
     manifest = execute(prepared.plan, node, prepared.surroundings)
     print_chain({node.name: manifest}, {left.name for left in prepared.unfinished}, prepared.surroundings.store)
+    go_through_gates(parsed.gates, manifest, prepared.surroundings.store, passed)
 
 
 def demo(

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from flows import environment
+from schemas.errors import BadInput
 from schemas.recipe import Recipe
 from stages.registry import STAGES
 from tests.flows.conftest import ROOT, ToyChain
@@ -37,6 +38,9 @@ def test_every_form_is_typed_and_every_field_of_it_described() -> None:
         assert {"$ref": "#/definitions/Recipe"} in form["properties"]["recipe"]["anyOf"]
         for name, field in form["properties"].items():
             assert len(field["description"]) > 20, (flow.name, name)
+        assert {"title": "file or YAML", "type": "string"} in form["properties"]["recipe"]["anyOf"]
+        assert all(field["title"] == name for name, field in form["definitions"]["Recipe"]["properties"].items()), "sections have no names"
+        assert flow.description and "Args:" not in flow.description, "the fields' sentences are the form's"
         chain = form["definitions"]["LightningConfig"]["properties"]["guidance_scale"]
         assert chain["minimum"] == 1 and "Imagen" in chain["description"] and chain["default"] == 6.0
         assert '"oneOf"' not in json.dumps(form)  # a discriminated union is a raw JSON box in the form
@@ -50,6 +54,20 @@ def test_a_wrong_form_is_refused_at_once() -> None:
     for flow in flows():
         with pytest.raises(ParameterTypeError, match="colour"):
             flow.validate_parameters({"recipe": {"name": "x", "ingest": {"table": "t"}, "colour": 1}})
+
+
+def test_a_recipe_is_taken_as_fields_as_a_file_and_as_its_text(chain: ToyChain) -> None:
+    from flows.preparation import as_recipe
+    from flows.run_names import _recipe_name
+
+    path = chain.recipe_file()
+    text = Path(path).read_text()
+    for given in (chain.recipe(), path, text, json.dumps(chain.data())):
+        assert as_recipe(given) == chain.recipe()
+        assert _recipe_name({"recipe": given}) == "toy"
+    with pytest.raises(BadInput, match=r"seed \(line 1\): found 'many'"):
+        as_recipe(f"seed: many\n{text}")
+    assert _recipe_name({"recipe": f"seed: many\n{text}"}) == "recipe"
 
 
 @pytest.mark.service

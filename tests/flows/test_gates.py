@@ -62,6 +62,39 @@ def test_the_command_stops_at_a_gate_and_goes_on_past_it(chain: ToyChain, prefec
     assert chain.runs() == ["ingest", "measure", "select", "teacher", "encode"]
 
 
+def test_a_stage_alone_fails_at_its_own_gates_only_and_keeps_its_artifact(chain: ToyChain) -> None:
+    from flows.single import SINGLE_STAGES
+
+    ingest, measure, select = (SINGLE_STAGES[name] for name in ("ingest", "measure", "select"))
+    gates = gated(chain, at_least=100)
+    gates["gates"]["later"] = {"after": "moon", "metric": "beauty", "at_most": 1}
+    ingest(gates, chain.address)
+    measure(gates, chain.address)
+    state = select(gates, chain.address, return_state=True)
+    assert state.is_failed() and "gate enough after select: images is 2, expected at least 100" in state.message
+    assert tasks_of(state)["gate enough"].state.is_failed()
+    made = chain.store.latest("toy", "select").identity
+    assert {"select-result", "gate-enough"} <= set(pages_of(state))
+    assert select(gates, chain.address, pass_gates=["enough"])["identity"] == made
+    assert chain.runs() == ["ingest", "measure", "select"], "the artifact that did not pass was kept"
+    with pytest.raises(BadInput, match=r"gates\.enough\.metric: found 'beauty'"):
+        select(chain.data() | {"gates": {"enough": {"after": "select", "metric": "beauty", "at_most": 1}}}, chain.address)
+
+
+def test_the_command_for_one_stage_fails_at_its_gate_and_can_be_told_not_to(chain: ToyChain, prefect_server: str) -> None:
+    gate = ("--set", "gates={enough: {after: select, metric: images, at_least: 100}}")
+    for name in ("ingest", "measure"):
+        assert chain.run("stage", name, chain.recipe_file(), *gate)[0] == 0
+    code, output, shown = chain.run("stage", "select", chain.recipe_file(), *gate)
+    assert code == 1 and "Traceback" not in shown, shown
+    assert "error: gate enough after select: images is 2, expected at least 100; to go on all the same: --pass-gate enough" in shown
+    assert chain.store.latest("toy", "select").identity[:12] in output, "what was made is told"
+    code, _, shown = chain.run("stage", "select", chain.recipe_file(), *gate, "--pass-gate", "enough")
+    assert code == 0 and "it is passed all the same" in shown, shown
+    code, _, shown = chain.run("stage", "select", chain.recipe_file(), "--pass-gate", "enough")
+    assert code == 2 and "--pass-gate enough: is no gate of the recipe" in shown
+
+
 def tasks_of(state: Any) -> dict[str, Any]:
     """Task runs by name, once the gate's has arrived at the server."""
     from prefect.client.orchestration import get_client

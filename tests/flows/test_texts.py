@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flows.texts import chain_page, cost_rows, manifest_page
+from flows.texts import chain_page, cost_rows, failure_page, manifest_page
 from schemas.manifest import Cost, ImageShards, Lineage, Manifest
 from tests.workspaces import open_store
 
@@ -21,3 +21,9 @@ def test_cost_is_on_the_pages_of_task_and_chain(tmp_path: Path) -> None:
     page = manifest_page(manifest, store)
     assert all(f"| {name} | {value} |" in page for name, value in rows.items())
     assert "| 90.0 s | 0.2 | 2.0 KiB | 3.0 MiB | 1.0 GiB |" in chain_page("toy", {"ingest": manifest}, [], store)
+
+
+def test_a_reason_is_folded_to_the_page_and_is_no_markup(tmp_path: Path) -> None:
+    page = failure_page("toy", "encode", open_store(tmp_path), "pools.encode: found <b>'*'</b>\nexpected a_pool")
+    assert "\n> pools.encode: found \\<b\\>'\\*'\\</b\\>\n>\n> expected a\\_pool\n" in page
+    assert "distill stage encode RECIPE --store" in page
