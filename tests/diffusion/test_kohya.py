@@ -102,7 +102,7 @@ def test_the_file_says_which_model_it_is_for(folder: Path, tmp_path: Path) -> No
     assert version.items() <= metadata.items()
     tensors = load_file(tmp_path / "style.safetensors")
     assert {name.partition("_")[0] for name in tensors} == {"lora"} and len(tensors) == 3 * len(lora_state(teacher.unet)) // 2
-    assert any("input_blocks" in name for name in tensors) is (folder.name == "sdxl")
+    assert any("input_blocks" in name for name in tensors) is (folder.name in ("sdxl", "ssd-1b"))
 
 
 def test_diffusers_own_writer_loses_alpha(folder: Path) -> None:
