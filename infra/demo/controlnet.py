@@ -21,7 +21,8 @@ def write_controlnet(folder: Path, teacher: Path = TEACHER) -> Path:
     define_missing_ops()
     from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: PLC0415
 
-    unet: Any = UNet2DConditionModel.from_pretrained(teacher / "unet", use_safetensors=True)
+    unet_class: Any = UNet2DConditionModel
+    unet = unet_class.from_pretrained(teacher / "unet", use_safetensors=True)
     halvings = len(json.loads((teacher / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"]) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
