@@ -1,5 +1,6 @@
 """A ControlNet for the demo's teacher, as training one would begin: what follows edges has still to be learnt."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +19,11 @@ def write_controlnet(folder: Path, teacher: Path = TEACHER) -> Path:
     from infra.torchvision_ops import define_missing_ops  # noqa: PLC0415
 
     define_missing_ops()
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel  # noqa: PLC0415
+    from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: PLC0415
 
-    unet: Any = UNet2DConditionModel.from_pretrained(teacher / "unet", use_safetensors=True)
-    halvings = len(AutoencoderKL.load_config(teacher / "vae")["block_out_channels"]) - 1
+    unet_class: Any = UNet2DConditionModel
+    unet = unet_class.from_pretrained(teacher / "unet", use_safetensors=True)
+    halvings = len(json.loads((teacher / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"]) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         widths = (

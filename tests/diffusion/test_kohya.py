@@ -97,11 +97,12 @@ def test_the_file_says_which_model_it_is_for(folder: Path, tmp_path: Path) -> No
     with safe_open(tmp_path / "style.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), "6.5")
-    version = {"sd15": {"ss_v2": "False"}, "sd2-v": {"ss_v2": "True"}, "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"}}[folder.name]
+    xl = {"ss_base_model_version": "sdxl_base_v1-0"}
+    version = {"sd15": {"ss_v2": "False"}, "sd2-v": {"ss_v2": "True"}, "sdxl": xl, "ssd-1b": xl}[folder.name]
     assert version.items() <= metadata.items()
     tensors = load_file(tmp_path / "style.safetensors")
     assert {name.partition("_")[0] for name in tensors} == {"lora"} and len(tensors) == 3 * len(lora_state(teacher.unet)) // 2
-    assert any("input_blocks" in name for name in tensors) is (folder.name == "sdxl")
+    assert any("input_blocks" in name for name in tensors) is (folder.name in ("sdxl", "ssd-1b"))
 
 
 def test_diffusers_own_writer_loses_alpha(folder: Path) -> None:

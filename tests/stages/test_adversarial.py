@@ -138,13 +138,13 @@ def test_gradients_through_jump_re_noising_and_discriminator_by_hand(levels: tup
         settings(4, 1, STARTS, renoise_timesteps=levels, conditional=conditional) if levels else settings(8, 4, conditional=conditional)
     )
     student = LinearStudent()
-    head = nn.Sequential(nn.Linear(12 if conditional else 6, 1), nn.Flatten(0))
-    discriminator: Discriminator = Discriminator(LinearEncoder(), head, conditional=conditional)
+    last = nn.Linear(12 if conditional else 6, 1)
+    discriminator = Discriminator(LinearEncoder(), nn.Sequential(last, nn.Flatten(0)), conditional=conditional)
     link = AdversarialLink(chosen, teacher=mixture(), student=in_training(student), discriminator=discriminator)
     made, _ = prepared(link)
     assert (made.eps is not None) == bool(levels)
 
-    encoder, last = discriminator.encoder.linear.weight, head[0]
+    encoder = discriminator.encoder.linear.weight
     w, b, e, h, h_0 = (each.detach().double() for each in (student.linear.weight, student.linear.bias, encoder, last.weight[0], last.bias))
     h_s, h_t = h[:6], h[6:] if conditional else torch.zeros(6, dtype=torch.float64)
     x_t, real = made.sample.x_t.flatten(1).double(), made.real.flatten(1).double()

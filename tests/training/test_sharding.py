@@ -111,7 +111,8 @@ def _reductions(place: Place, accumulation_steps: int, parallel: Parallel) -> in
     """How often gradients are reduced in two steps of a link, by the process that asks."""
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
-    found, reduce = [], collectives.DefaultReduceScatter.__call__
+    found: list[int] = []
+    reduce = collectives.DefaultReduceScatter.__call__
 
     def counted(self: Any, *arguments: Any, **named: Any) -> Any:
         found.append(1)
