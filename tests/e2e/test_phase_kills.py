@@ -21,8 +21,11 @@ logger = logging.getLogger(__name__)
 pytestmark = [pytest.mark.slow, pytest.mark.service]
 
 PHASES = (
+    "lightning-2-1-unet",  # says x0 already, unconditional
     "lightning-2-1-conditional",  # after its conversion to x0
     "lightning-4-2-unet",  # from several timesteps, judged at several noise levels
+    "lightning-4-2-lora",
+    "lightning-4-2-conditional",
     "lightning-16-8-unet",  # from the LoRA, merged
     "lightning-16-8-lora",
     "lightning-16-8-conditional",  # a LoRA
@@ -55,7 +58,7 @@ def test_killed_at_ten_moments_on_an_object_store(
     place = replace(adversarial, folder=tmp_path, address=f"s3://{seaweedfs.bucket}/phases", environment=seaweedfs.environment)
     copy_store(adversarial.address, place.address)
     with forks(place) as started:
-        kill_at_ten_moments(place, started, PHASES[0], adversarial)
+        kill_at_ten_moments(place, started, "lightning-2-1-conditional", adversarial)
 
 
 def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Place) -> None:
