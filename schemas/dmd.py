@@ -63,7 +63,7 @@ class DmdConfig(StudentTraining):
     matching: bool = True
     """Whether distributions are matched. false: the ablation of both papers, where regression, or the GAN, is left alone."""
     fake_updates: PositiveInt = 1
-    """Updates of the fake score for each of the student. 1 in DMD, 5 in DMD2 (4.2)."""
+    """Updates of the fake score for each of the student, each on a batch of its own. 1 in DMD, 5 in DMD2 (4.2)."""
     regression: RegressionConfig | None = RegressionConfig()
     """The second loss of DMD, on the artifact of `pairs`. null: none, as in DMD2."""
     gan: GanConfig | None = None
@@ -75,7 +75,7 @@ class DmdConfig(StudentTraining):
     arithmetic."""
     training_steps: PositiveInt = 20_000
     batch_size: PositiveInt = 1152
-    """Samples of one step. With `regression` each is a pair, and as many outputs on fresh noise join its own in the matching of distributions: 2304
+    """Samples of one update. With `regression` each is a pair, and as many outputs on fresh noise join its own in the matching of distributions: 2304
     and 1152 in DMD, appendix."""
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     max_grad_norm: Weight | None = 10.0

@@ -80,7 +80,7 @@ STAGES: dict[str, Stage] = {
         Stage("finetune", FinetuneConfig, ("finetuned_lora", "teacher"), "stages.finetune", revision=2),
         Stage("lightning", LinkConfig, ("student_unet", "student_lora"), "stages.lightning", revision=3),
         Stage("lcm", LcmConfig, ("student_unet", "student_lora"), "stages.lcm", revision=3),
-        Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd"),
+        Stage("dmd", DmdConfig, ("student_unet", "student_lora"), "stages.dmd", revision=2),
         Stage("reference", ReferenceConfig, ("reference_set",), "stages.evaluate.reference", part_of="evaluate"),
         Stage("evaluate", EvaluateConfig, ("evaluation",), "stages.evaluate", revision=4),
         Stage("publish", PublishConfig, ("published_model",), "stages.publish", revision=3),

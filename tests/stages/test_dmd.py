@@ -49,6 +49,35 @@ def test_players_take_their_turns_and_reach_their_own_parameters(tmp_path: Path)
     }
 
 
+def test_each_update_of_the_fake_score_has_a_batch_of_its_own(tmp_path: Path) -> None:
+    """Captions, pairs and pictures; the student takes the last one's. In the order of the set, whatever the number of updates."""
+    settings = config(gan={}, fake_updates=3, training_steps=2)
+    read, method = batch_reader(MixtureSet(), MadeUpPairs()), a_matching(settings)
+    seen: list[tuple[str, Any]] = []
+    taken: list[int] = []
+
+    def noted(player: str, prepared: Any, draw: Any) -> Any:
+        seen.append((player, prepared))
+        return type(method).loss(method, player, prepared, draw)
+
+    def told(chosen: Any) -> Any:
+        taken.extend(chosen)
+        return read(chosen)
+
+    method.loss = noted  # type: ignore[method-assign]
+    train(method, told, 64, settings, make_workspace(tmp_path), seed=1)
+    assert [player for player, _ in seen] == 2 * [*[FAKE_SCORE] * 3, STUDENT]
+    assert len(taken) == len(set(taken)) == 2 * 3 * settings.batch_size, "no sample twice within an epoch"
+    for batches in (seen[:4], seen[4:]):
+        (_, first), (_, second), (_, third), (_, students) = batches
+        for one, other in ((first, second), (second, third)):
+            assert not torch.equal(one.pairs.noise, other.pairs.noise)
+            assert not torch.equal(one.real.latents, other.real.latents)
+        assert torch.equal(third.pairs.noise, students.pairs.noise) and torch.equal(third.real.latents, students.real.latents)
+    one = a_matching(config(training_steps=2))
+    assert one.batches_per_step == 1, "an update of the fake score for each of the student: DMD"
+
+
 def test_without_matching_what_is_left_is_learnt_from(tmp_path: Path) -> None:
     """Regression alone: the fake score has no turns and stays as it was. Beside a GAN, whose head is on it, it follows the student still."""
     alone = config(matching=False, training_steps=2)
