@@ -51,6 +51,13 @@ class DmdConfig(StudentTraining):
     network: Literal["unet", "lora"] = "unet"
     lora_rank: PositiveInt = 64
     lora_alpha: Weight = 64
+    start: Annotated[str | None, NotIdentity] = None
+    """Student to go on from, of the same teacher, network, rank and alpha: a folder with `unet/` or `pytorch_lora_weights.safetensors`, such as a
+    variant of a published model. Its content is part of the identity. null: the teacher. So guidance 8 is trained in stages (DMD, appendix): lambda
+    .1, .5, 1, .25, through a tiny decoder first. The fake score begins as the teacher again."""
+    fake_network: Literal["unet", "lora"] = "unet"
+    """The fake score: a copy of the teacher that is trained whole, or an adapter on the teacher's own network, of the student's rank and alpha. With
+    `network: lora` teacher, student and fake score are one network under two adapters or none."""
     steps: PositiveInt = 1
     """Calls of the student. Several: DMD2's student, on the trailing grid, fresh noise between two calls; it is trained on its own outputs (backward
     simulation, DMD2 4.5)."""
@@ -135,9 +142,19 @@ def _noise_range_is_open(config: DmdConfig) -> Iterator[Mistake]:
 
 
 def _a_lora_shares_its_teacher(config: DmdConfig) -> Iterator[Mistake]:
-    if config.network == "lora" and config.teacher_precision is not None:
-        expected = "a LoRA is put on the teacher's own network, which stays float32: expected network: unet, or null here"
-        yield ("teacher_precision",), config.teacher_precision, expected
+    if config.teacher_precision is None:
+        return
+    for name in ("network", "fake_network"):
+        if getattr(config, name) == "lora":
+            expected = f"a LoRA is put on the teacher's own network, which stays float32: expected {name}: unet, or null here"
+            yield ("teacher_precision",), config.teacher_precision, expected
+            return
+
+
+def _a_shared_network_is_whole(config: DmdConfig) -> Iterator[Mistake]:
+    if config.fake_network == "lora" and config.sharding == "full":
+        expected = "the fake score is called by parts of the network that it shares: expected none or optimizer here, or fake_network: unet"
+        yield ("sharding",), config.sharding, expected
 
 
 def _backbones_have_a_use(config: RegressionConfig) -> Iterator[Mistake]:
@@ -154,4 +171,5 @@ DmdConfig.cross_checks = (
     _something_is_learnt,
     _noise_range_is_open,
     _a_lora_shares_its_teacher,
+    _a_shared_network_is_whole,
 )

@@ -1,6 +1,7 @@
 """The stage `dmd`: its players in the loop, what a checkpoint must hold, students that plain diffusers calls draw as they were trained."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Latents, Manifest, Pairs, StudentUNet, Teacher
+from schemas.recipe import Recipe
 from stages import dmd
 from stages.diffusion.denoiser import UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
@@ -212,6 +215,29 @@ def test_other_teachers_get_their_lora(tmp_path: Path, kind: str) -> None:
     path = artifacts.open_store(tmp_path).fetch(student) / "pytorch_lora_weights.safetensors"
     with safe_open(path, framework="pt") as file:
         assert all(float(file.get_tensor(name).abs().max()) > 0 for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
+
+
+@pytest.mark.parametrize("network", ["lora", "unet"])
+def test_a_student_is_gone_on_with(sdxl: Place, network: str) -> None:
+    """Stages of lambda, as DMD at guidance 8: a slow step from a student ends beside it, and none of the teacher's."""
+    folder, teacher, latents, pairs = sdxl
+    inputs = dmd.Inputs(teacher=teacher, latents=latents, pairs=pairs)
+    small: dict[str, object] = {"network": network, "lora_rank": 4, "lora_alpha": 4, "training_steps": 1}
+    first = made(sdxl, config(**small, optimizer={"learning_rate": 1e-2}))
+    begun = artifacts.open_store(folder).fetch(first)
+    slow = {"optimizer": {"learning_rate": 1e-6}, "regression": {"distance": "l2", "weight": 0.5}, "start": str(begun)}
+    settings = config(**small, **slow)
+    outside = {"start": str(begun)}
+    dmd.preflight(settings, outside, Recipe.model_construct())
+    second = dmd.run(settings, inputs, replace(artifacts.workspace(folder, config=settings), outside=outside))
+    name = "pytorch_lora_weights.safetensors" if network == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(artifacts.open_store(folder).fetch(student) / name) for student in (first, second))
+    assert any(not torch.equal(after[key], value) for key, value in before.items()), "it was trained"
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=1e-5)
+    if network == "lora":
+        with pytest.raises(BadInput, match=r"dmd.start: .*expected lora_rank 2"):
+            dmd.preflight(settings.model_copy(update={"lora_rank": 2}), outside, Recipe.model_construct())
 
 
 @pytest.mark.slow
