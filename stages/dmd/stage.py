@@ -56,7 +56,7 @@ def run(config: DmdConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
     pairs = _pairs(config, inputs, workspace)
     matched_pairs = pairs if config.regression is not None else None
-    distance = None if config.regression is None else open_distance(config.regression, inputs.teacher, workspace)
+    distance = open_distance(config, inputs.teacher, workspace)
     networks = Networks.build(config, inputs.teacher, latents.latent_shape, workspace, seed=seed)
     warmed_up = _warm_up(config, networks, pairs, workspace, seed=seed)
     method = DistributionMatching(
