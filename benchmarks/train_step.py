@@ -7,7 +7,8 @@ parts are done once and timed too, so that a busy machine slows both; a step's r
 
 The networks are those of recipes/tiny_teacher, batch and checkpoints those of recipes/tiny.yaml. With `--sdxl`: SDXL's UNet with random weights in
 bfloat16 autocast with recomputed activations, and beside the ratio peak memory, samples per second, and the share of the rate that a large bfloat16
-matrix product reaches on the same device. The last line is JSON: each method's worst median ratio under its name.
+matrix product reaches on the same device. The last line is JSON: each method's worst median ratio under its name (`lightning_mse`,
+`lightning_adversarial`, `lcm`, `dmd`), with `--sdxl` every case's figures too.
 """
 
 import argparse
@@ -30,13 +31,17 @@ from benchmarks.interleaved import WARM_UP, Enough, Interleaved, matrix_rate
 from benchmarks.train_step_setup import Setup
 from infra.progress import Progress
 from schemas.adversarial import AdversarialConfig
+from schemas.dmd import DmdConfig, GanConfig
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.training import OptimizerConfig, TrainingConfig
 from stages.diffusion.conditioning import Conditioning
 from stages.diffusion.denoiser import UNetDenoiser, added_conditions
-from stages.diffusion.discriminator import unet_discriminator
+from stages.diffusion.discriminator import encoder_features, unet_discriminator, unet_head
 from stages.diffusion.lora import add_lora, lora_layers, without_lora
+from stages.dmd.batches import batch_reader
+from stages.dmd.matching import DistributionMatching
+from stages.dmd.networks import BottleneckJudge, FakeDenoiser, FakeScore
 from stages.lcm.distillation import ConsistencyDistillation
 from stages.lightning.adversarial import AdversarialLink
 from stages.lightning.regression import ProgressiveLink
@@ -67,9 +72,10 @@ class Batch:
 class Case:
     """A method as its stage would train it, and what its step must do at least."""
 
-    method: Method[LatentBatch, Any]
+    method: Method[Any, Any]
     config: TrainingConfig
     bare: Callable[[], None]
+    read: Callable[[Sequence[int]], Any]
 
 
 def a_batch(setup: Setup) -> Batch:
@@ -147,7 +153,7 @@ def mse(setup: Setup, network: str, teacher_steps: int, steps: int, guidance_sca
             loss = mse_loss(call(denoiser.unet, batch).float(), target)
         descend(loss, steps_of_student)
 
-    return Case(method, config, bare)
+    return Case(method, config, bare, reader(setup.latents))
 
 
 def adversarial(setup: Setup, network: str, *, conditional: bool) -> Case:
@@ -206,7 +212,7 @@ def adversarial(setup: Setup, network: str, *, conditional: bool) -> Case:
             loss = softplus(-discriminator.head(seen).float()).mean()
         descend(loss, steps_of_student)
 
-    return Case(method, config, bare)
+    return Case(method, config, bare, reader(setup.latents))
 
 
 def lcm(setup: Setup) -> Case:
@@ -235,7 +241,72 @@ def lcm(setup: Setup) -> Case:
             loss = mse_loss(call(denoiser.unet, batch).float(), target)
         descend(loss, steps_of_student)
 
-    return Case(method, config, bare)
+    return Case(method, config, bare, reader(setup.latents))
+
+
+def dmd(setup: Setup, network: str, *, gan: bool, fake_updates: int) -> Case:
+    """Distribution matching without regression, of one step.
+
+    The fake score's turns: the student without gradient, the fake score forward and backward on noised outputs; with a GAN its encoder and the head
+    on noised real and fake samples too, apart, as each may be another number of samples. The student's: its forward, the fake score and the guided
+    teacher without gradient; with a GAN its outputs through the frozen encoder and head; backward.
+    """
+    config = DmdConfig(
+        **setup.training, network=network, lora_rank=setup.lora_rank, lora_alpha=setup.lora_rank, regression=None, warmup_steps=0,
+        fake_updates=fake_updates, gan=GanConfig() if gan else None, optimizer=OptimizerConfig(learning_rate=1e-6),
+    )  # fmt: skip
+    denoiser = a_student(setup, network)
+    student, layers = Student.of_unet(denoiser), lora_layers(denoiser.unet)
+    teacher = setup.teacher if network == "unet" else denoiser
+    unet = a_student(setup, "unet").unet
+    fake = FakeScore(unet, unet_head(unet, setup.latents.latent_shape, seed=0) if gan else None)
+    head = dict(fake.head.named_parameters()) if fake.head is not None else {}
+    of_fake = FakeDenoiser(fake, setup.teacher.schedule, setup.teacher.prediction)
+    method = DistributionMatching(
+        config,
+        teacher=teacher,
+        student=student,
+        fake=Student(of_fake, dict(unet.named_parameters()), unet.state_dict()),
+        unconditional=setup.latents.unconditional(1),
+        judge=BottleneckJudge(fake, head, head) if gan else None,
+        as_teacher=lambda: without_lora(layers),
+    )
+    batch, target = a_batch(setup), a_batch(setup).x
+    guided = batch.repeated(2)
+    own, follower = list(student.parameters.values()), list(fake.parameters())
+    steps_of_student, steps_of_fake = optimizer(own, config.optimizer), optimizer(follower, config.fake)
+
+    def judged(x: Tensor) -> Tensor:
+        assert fake.head is not None
+        logits: Tensor = fake.head(encoder_features(unet, x, batch.t, batch.conditioning))
+        return logits.float()
+
+    def bare() -> None:
+        for _ in range(fake_updates):
+            require_gradients(follower, True)
+            require_gradients(own, False)
+            with torch.no_grad(), setup.autocast():
+                x = call(denoiser.unet, batch).float()
+            with setup.autocast():
+                loss = mse_loss(call(unet, replace(batch, x=x)).float(), target)
+                if gan:
+                    loss = loss + (softplus(-judged(batch.x)) + softplus(judged(x))).mean()
+            descend(loss, steps_of_fake)
+
+        require_gradients(follower, False)
+        require_gradients(own, True)
+        with setup.autocast():
+            x = call(denoiser.unet, batch).float()
+            with torch.no_grad():
+                x_fake = call(unet, replace(batch, x=x)).float()
+                with without_lora(layers):
+                    x_real = call(teacher.unet, replace(guided, x=x.repeat(2, 1, 1, 1))).float()[: len(x)]
+            loss = mse_loss(x, x.detach() + x_real - x_fake)
+            if gan:
+                loss = loss + softplus(-judged(x)).mean()
+        descend(loss, steps_of_student)
+
+    return Case(method, config, bare, batch_reader(setup.latents, None))
 
 
 CASES: Mapping[str, Mapping[str, Callable[[Setup], Case]]] = {
@@ -250,6 +321,11 @@ CASES: Mapping[str, Mapping[str, Callable[[Setup], Case]]] = {
         "conditional, LoRA": lambda setup: adversarial(setup, "lora", conditional=True),
     },
     "lcm": {"LoRA": lcm},
+    "dmd": {
+        "one update of the fake score": lambda setup: dmd(setup, "unet", gan=False, fake_updates=1),
+        "GAN, two updates": lambda setup: dmd(setup, "unet", gan=True, fake_updates=2),
+        "LoRA": lambda setup: dmd(setup, "lora", gan=False, fake_updates=1),
+    },
 }
 
 
@@ -264,7 +340,7 @@ def measure(make: Callable[[Setup], Case], setup: Setup) -> dict[str, float]:
 def run(case: Case, setup: Setup, watch: Progress) -> None:
     """Train until the watch has seen enough."""
     with setup.workspace(watch) as workspace, suppress(Enough):
-        train(case.method, reader(setup.latents), len(setup.latents), case.config, workspace, seed=0)
+        train(case.method, case.read, len(setup.latents), case.config, workspace, seed=0)
 
 
 def on_the_card(make: Callable[[Setup], Case], setup: Setup) -> dict[str, float]:

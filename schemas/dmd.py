@@ -52,6 +52,13 @@ class DmdConfig(StudentTraining):
     network: Literal["unet", "lora"] = "unet"
     lora_rank: PositiveInt = 64
     lora_alpha: Weight = 64
+    start: Annotated[str | None, NotIdentity] = None
+    """Student to go on from, of the same teacher, network, rank and alpha: a folder with `unet/` or `pytorch_lora_weights.safetensors`, such as a
+    variant of a published model. Its content is part of the identity. null: the teacher. So guidance 8 is trained in stages (DMD, appendix): lambda
+    .1, .5, 1, .25, through a tiny decoder first. The fake score begins as the teacher again."""
+    fake_network: Literal["unet", "lora"] = "unet"
+    """The fake score: a copy of the teacher that is trained whole, or an adapter on the teacher's own network, of the student's rank and alpha. With
+    `network: lora` teacher, student and fake score are one network under two adapters or none."""
     steps: PositiveInt = 1
     """Calls of the student. Several: DMD2's student, on the trailing grid, fresh noise between two calls; it is trained on its own outputs (backward
     simulation, DMD2 4.5)."""
@@ -64,7 +71,7 @@ class DmdConfig(StudentTraining):
     matching: bool = True
     """Whether distributions are matched. false: the ablation of both papers, where regression, or the GAN, is left alone."""
     fake_updates: PositiveInt = 1
-    """Updates of the fake score for each of the student. 1 in DMD, 5 in DMD2 (4.2)."""
+    """Updates of the fake score for each of the student, each on a batch of its own. 1 in DMD, 5 in DMD2 (4.2)."""
     regression: RegressionConfig | None = RegressionConfig()
     """The second loss of DMD, on the artifact of `pairs`. null: none, as in DMD2."""
     gan: GanConfig | None = None
@@ -76,7 +83,7 @@ class DmdConfig(StudentTraining):
     arithmetic."""
     training_steps: PositiveInt = 20_000
     batch_size: PositiveInt = 1152
-    """Samples of one step. With `regression` each is a pair, and as many outputs on fresh noise join its own in the matching of distributions: 2304
+    """Samples of one update. With `regression` each is a pair, and as many outputs on fresh noise join its own in the matching of distributions: 2304
     and 1152 in DMD, appendix."""
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     max_grad_norm: Weight | None = 10.0
@@ -136,9 +143,19 @@ def _noise_range_is_open(config: DmdConfig) -> Iterator[Mistake]:
 
 
 def _a_lora_shares_its_teacher(config: DmdConfig) -> Iterator[Mistake]:
-    if config.network == "lora" and config.teacher_precision is not None:
-        expected = "a LoRA is put on the teacher's own network, which stays float32: expected network: unet, or null here"
-        yield ("teacher_precision",), config.teacher_precision, expected
+    if config.teacher_precision is None:
+        return
+    for name in ("network", "fake_network"):
+        if getattr(config, name) == "lora":
+            expected = f"a LoRA is put on the teacher's own network, which stays float32: expected {name}: unet, or null here"
+            yield ("teacher_precision",), config.teacher_precision, expected
+            return
+
+
+def _a_shared_network_is_whole(config: DmdConfig) -> Iterator[Mistake]:
+    if config.fake_network == "lora" and config.sharding == "full":
+        expected = "the fake score is called by parts of the network that it shares: expected none or optimizer here, or fake_network: unet"
+        yield ("sharding",), config.sharding, expected
 
 
 def _looks_are_at_its_steps(config: DmdConfig) -> Iterator[Mistake]:
@@ -160,4 +177,5 @@ DmdConfig.cross_checks = (
     _noise_range_is_open,
     _a_lora_shares_its_teacher,
     _looks_are_at_its_steps,
+    _a_shared_network_is_whole,
 )

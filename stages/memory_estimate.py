@@ -31,7 +31,7 @@ from stages.encoded_size import CONFIG_FILES, human
 from stages.memory_matching import matching_memory
 from stages.meta_memory import Footprint, footprint
 from stages.plan import Plan
-from stages.train_teacher.networks import build_unet
+from stages.train_teacher.networks import build_autoencoder, build_unet
 from stages.training.sharding import UNITS
 
 Trained = LinkConfig | LcmConfig | FinetuneConfig | DmdConfig
@@ -107,9 +107,10 @@ def _teacher(plan: Plan, find: Callable[[str], Manifest | None], store: Artifact
 
 @dataclass(frozen=True, eq=False)
 class TeacherShape:
-    """A teacher's UNet and the sizes of what goes into it."""
+    """A teacher's UNet and VAE, and the sizes of what goes into them."""
 
     unet_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
     latent_shape: tuple[int, int, int]
     tokens: int
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -121,7 +122,7 @@ class TeacherShape:
         tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
         downscale = 2 ** (len(vae["block_out_channels"]) - 1)
         side = config.resolution_px // downscale if config.resolution_px is not None else int(unet["sample_size"])
-        return cls(unet, (int(unet["in_channels"]), side, side), int(tokenizer["model_max_length"]))
+        return cls(unet, vae, (int(unet["in_channels"]), side, side), int(tokenizer["model_max_length"]))
 
     @classmethod
     def of_trained(cls, teacher: TrainTeacherConfig, config: EncodeConfig) -> "TeacherShape":
@@ -130,8 +131,9 @@ class TeacherShape:
         channels, side = teacher.autoencoder.latent_channels, teacher.resolution_px // downscale
         with torch.device("meta"):
             unet = build_unet(teacher.unet, latent_channels=channels, latent_side=side, text=teacher.text_encoders)
+            vae = build_autoencoder(teacher.autoencoder, teacher.resolution_px)
         side = side if config.resolution_px is None else config.resolution_px // downscale
-        return cls(dict(unet.config), (channels, side, side), teacher.max_tokens)
+        return cls(dict(unet.config), dict(vae.config), (channels, side, side), teacher.max_tokens)
 
     def estimate(self, config: Trained) -> MemoryEstimate:
         """Estimate one run."""
@@ -162,7 +164,9 @@ class TeacherShape:
         if isinstance(config, DmdConfig):
             matching = matching_memory(self, config, batch)
             fake = _Network.of(matching.fake)
-            parts |= {"teacher": matching.teacher_bytes, "fake_score": fake.weights}
+            parts |= {"teacher": matching.teacher_bytes, "fake_score": matching.fake_bytes}
+            parts["batches"] *= matching.batches
+            parts["distance"] = matching.distance_bytes
             parts["optimizer"] += _MOMENTS * fake.trained
             turns = {name: (fake.trained if name == "fake_score" else student.trained, peak) for name, peak in matching.turns.items()}
             networks.append(fake)

@@ -75,6 +75,16 @@ def build(config: RegressionConfig, weights: Path | None = None, field: str = "d
     return PerceptualDistance(layers, [None] * len(layers), _LITE, config.size_px)
 
 
+def outline(config: RegressionConfig) -> PerceptualDistance:
+    """The distance on the meta device: its shapes, without its weights. Raises `BadInput` where the package is missing that says them."""
+    if config.distance == "lpips":
+        heads = [torch.empty(1, widths[-1], 1, 1) for widths in _VGG]
+        return PerceptualDistance(_vgg_blocks(), heads, size_px=config.size_px).to("meta")
+    check_packages(config)
+    layers = _efficientnet_lite0()
+    return PerceptualDistance(layers, [None] * len(layers), _LITE, config.size_px).to("meta")
+
+
 def check_packages(config: RegressionConfig, field: str = "dmd.regression") -> None:
     """Raise `BadInput` where a package that carries weights is missing."""
     needed = {
@@ -93,16 +103,8 @@ def check_packages(config: RegressionConfig, field: str = "dmd.regression") -> N
 
 def _vgg(weights: Path | None, field: str) -> tuple[list[nn.Module], list[Tensor]]:
     """VGG-16's blocks, and the heads that `lpips` 0.1 carries."""
-    found = _read_vgg(weights, field)
-    modules: list[nn.Module] = []
-    blocks, channels = [], 3
-    for number, widths in enumerate(_VGG):
-        block: list[nn.Module] = [nn.MaxPool2d(2)] if number else []
-        for width in widths:
-            block += [nn.Conv2d(channels, width, 3, padding=1, device="meta"), nn.ReLU()]
-            channels = width
-        modules += block
-        blocks.append(nn.Sequential(*block))
+    found, blocks = _read_vgg(weights, field), _vgg_blocks()
+    modules = [module for block in blocks for module in block]
     # torchvision numbers the features through; what is behind the last activation is not needed.
     features = {name.removeprefix("features."): tensor.float() for name, tensor in found.items() if name.startswith("features.")}
     try:
@@ -113,7 +115,19 @@ def _vgg(weights: Path | None, field: str) -> tuple[list[nn.Module], list[Tensor
     assert package is not None and package.submodule_search_locations, "checked"
     path = Path(next(iter(package.submodule_search_locations))) / "weights" / "v0.1" / "vgg.pth"
     heads = torch.load(path, map_location="cpu", weights_only=True)
-    return list(blocks), [heads[f"lin{number}.model.1.weight"] for number in range(len(_VGG))]
+    return [*blocks], [heads[f"lin{number}.model.1.weight"] for number in range(len(_VGG))]
+
+
+def _vgg_blocks() -> list[nn.Sequential]:
+    """On the meta device."""
+    blocks, channels = [], 3
+    for number, widths in enumerate(_VGG):
+        block: list[nn.Module] = [nn.MaxPool2d(2)] if number else []
+        for width in widths:
+            block += [nn.Conv2d(channels, width, 3, padding=1, device="meta"), nn.ReLU()]
+            channels = width
+        blocks.append(nn.Sequential(*block))
+    return blocks
 
 
 def _read_vgg(path: Path | None, field: str) -> Mapping[str, Tensor]:

@@ -113,7 +113,8 @@ def nodes_of(recipe: Recipe) -> tuple[Node, ...]:
         inputs |= {"pairs": "pairs"} if recipe.dmd.reads_pairs else {}
         regression = recipe.dmd.regression
         places = {} if regression is None else {"regression.vgg": regression.vgg, "regression.decoder": regression.decoder}
-        nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, _outside(**places) | _watch_outside(recipe.dmd)))
+        outside = _outside(start=recipe.dmd.start, **places) | _watch_outside(recipe.dmd)
+        nodes.append(Node("dmd", "dmd", recipe.dmd, seed, inputs, outside))
         students.append("dmd")
     if recipe.evaluate is not None:
         read = dict.fromkeys(run for entry in recipe.evaluate.transfer for run in entry.finetuned().values())

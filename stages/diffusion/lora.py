@@ -1,9 +1,12 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on a UNet: added from a seed, saved in diffusers' layout with alpha, merged without a trace."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a UNet: added from a seed, saved in diffusers' layout with alpha, merged without a trace.
+
+One network may have several, of which one at a time takes effect (`under`): as many networks in the memory of one.
+"""
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from schemas.errors import BadInput
 from stages.diffusion.weights import save_tensors
@@ -39,30 +43,32 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name `load_lora_weights` looks for in a folder."""
 
 ADAPTER = "default"
-"""The name of every adapter within its network."""
+"""The name of a network's only adapter, and of the one among several that is saved."""
 
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers' loaders read rank and alpha from."""
 
 
-def add_lora(unet: Any, rank: int, alpha: float, *, seed: int) -> list[nn.Parameter]:
+def add_lora(unet: Any, rank: int, alpha: float, *, seed: int, adapter: str = ADAPTER) -> list[nn.Parameter]:
     """Add an adapter that changes nothing yet (B = 0) and freeze the rest; returns its parameters, in the order of their names.
 
+    A second one needs a name of its own; the one that was added last takes effect.
+
     A is drawn as in the reference implementation, Kaiming-uniform with a = sqrt(5), from `seed` alone: the global random state is neither read nor
-    moved. The output is scaled by alpha / rank. Raises `BadInput` when the UNet has an adapter already.
+    moved. The output is scaled by alpha / rank. Raises `BadInput` when the UNet has an adapter of this name already.
     """
-    if getattr(unet, "peft_config", None):
+    if adapter in getattr(unet, "peft_config", {}):
         raise BadInput("UNet: it has a LoRA adapter already; merge or remove it first")
     with torch.random.fork_rng(devices=[]):
-        unet.add_adapter(lora_config(rank, alpha), adapter_name=ADAPTER)
+        unet.add_adapter(lora_config(rank, alpha), adapter_name=adapter)
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in _named_adapter_parameters(unet):
+    for name, parameter in _named_adapter_parameters(unet, adapter):
         drawn = torch.zeros(parameter.shape)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             parameter.copy_(drawn)
-    return lora_parameters(unet)
+    return lora_parameters(unet, adapter)
 
 
 def lora_config(rank: int, alpha: float) -> LoraConfig:
@@ -75,9 +81,9 @@ def lora_config(rank: int, alpha: float) -> LoraConfig:
     return LoraConfig(**settings)
 
 
-def lora_parameters(unet: Any) -> list[nn.Parameter]:
+def lora_parameters(unet: Any, adapter: str = ADAPTER) -> list[nn.Parameter]:
     """The adapter's parameters in the order of their names; the same ones that require gradients after `add_lora`."""
-    return [parameter for _, parameter in _named_adapter_parameters(unet)]
+    return [parameter for _, parameter in _named_adapter_parameters(unet, adapter)]
 
 
 def lora_state(unet: Any) -> dict[str, Tensor]:
@@ -168,22 +174,49 @@ def lora_layers(unet: Any) -> list[Any]:
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
-@contextmanager
-def without_lora(layers: Sequence[Any]) -> Iterator[None]:
-    """The network of these layers as it was before its adapter was added.
+def active_adapter(layer: Any) -> str | None:
+    """The adapter of a layer that takes effect; None where none does."""
+    return None if layer._disable_adapters else str(layer.active_adapters[0])
 
-    `disable_adapters` and `enable_adapters` of diffusers do the same at a tenth of a small network's training step: they walk through all modules
-    and freeze and free every weight.
+
+def without_lora(layers: Sequence[Any]) -> AbstractContextManager[None]:
+    """The network of these layers as it was before its adapter was added."""
+    return under(layers, None)
+
+
+@contextmanager
+def under(layers: Sequence[Any], adapter: str | None) -> Iterator[None]:
+    """The network of these layers with the change of one of its adapters, or of none; afterwards with that of before.
+
+    `set_adapter`, `disable_adapters` and `enable_adapters` of diffusers do the same at a tenth of a small network's training step: they walk through
+    all modules and freeze and free every weight.
     """
-    for layer in layers:
-        layer._disable_adapters = True
+    before = active_adapter(layers[0]) if layers else None
+    _activate(layers, adapter)
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        _activate(layers, before)
 
 
-def _named_adapter_parameters(unet: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    named = ((name, parameter) for name, parameter in unet.named_parameters() if ".lora_A." in name or ".lora_B." in name)
+def _activate(layers: Sequence[Any], adapter: str | None) -> None:
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+
+
+def checkpoint_under_adapter(module: nn.Module, *inputs: Any) -> Any:
+    """A function for diffusers' `enable_gradient_checkpointing`: the backward pass recomputes a part of the network under the adapter that took
+    effect in the forward pass, whichever does by then."""
+    layers = lora_layers(module)
+    if not layers:
+        return checkpoint(module.__call__, *inputs, use_reentrant=False)
+    adapter = active_adapter(layers[0])
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), under(layers, adapter)))
+
+
+def _named_adapter_parameters(unet: Any, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    own = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
+    named = ((name, parameter) for name, parameter in unet.named_parameters() if any(part in name for part in own))
     return iter(sorted(named, key=lambda item: item[0]))

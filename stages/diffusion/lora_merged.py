@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from stages.diffusion.lora import ADAPTER, lora_layers
+from stages.diffusion.lora import active_adapter, lora_layers
 
 _KEPT_BESIDE_ADAPTER: Final = 3
 """Times the adapter that a kept sum is at most: with Adam's moments and gradients an adapter takes four times itself already."""
@@ -29,18 +29,18 @@ class _Sum(NamedTuple):
     of: tuple[int, int]
 
 
-_SUMS: "WeakKeyDictionary[nn.Module, _Sum]" = WeakKeyDictionary()
-"""By layer. Not in the layer itself, of which copies are made."""
+_SUMS: "WeakKeyDictionary[nn.Module, dict[str, _Sum]]" = WeakKeyDictionary()
+"""By layer and adapter. Not in the layer itself, of which copies are made."""
 
 
 def merge_in_training(unet: Any) -> None:
-    """Have the layers of an adapter that `add_lora` added choose the cheaper way in every pass in training mode.
+    """Have the layers of adapters that `add_lora` added choose the cheaper way in every pass in training mode.
 
     Only float32 does: in lower precision the sum would round the change away. In evaluation mode the layers are peft's, bit for bit.
     """
     for layer in lora_layers(unet):
-        adapter = layer.lora_A[ADAPTER].weight.numel() + layer.lora_B[ADAPTER].weight.numel()
-        layer.keeps_sum = layer.get_base_layer().weight.numel() <= _KEPT_BESIDE_ADAPTER * adapter
+        smallest = min(layer.lora_A[name].weight.numel() + layer.lora_B[name].weight.numel() for name in layer.lora_A)
+        layer.keeps_sum = layer.get_base_layer().weight.numel() <= _KEPT_BESIDE_ADAPTER * smallest
         layer.forward = MethodType(_forward, layer)  # a bound method: a copy of the network gets its own
 
 
@@ -61,18 +61,18 @@ def merging_is_cheaper(x: Tensor, base: nn.Linear | nn.Conv2d, rank: int, *, gra
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     output: Tensor
-    base = layer.base_layer
+    base, adapter = layer.base_layer, active_adapter(layer)
     if not layer.training or layer.merged:
         output = type(layer).forward(layer, x)
-    elif layer.disable_adapters:
+    elif adapter is None:
         output = base(x)
     elif (
         x.dtype == torch.float32
         and not _autocast(x.device.type)
-        and merging_is_cheaper(x, base, layer.r[ADAPTER], gradients=torch.is_grad_enabled())
+        and merging_is_cheaper(x, base, layer.r[adapter], gradients=torch.is_grad_enabled())
     ):
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        output = _Merged.apply(x, base.weight, base.bias, a, b, layer)  # type: ignore[no-untyped-call]
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        output = _Merged.apply(x, base.weight, base.bias, a, b, layer, adapter)  # type: ignore[no-untyped-call]
     else:
         output = type(layer).forward(layer, x)
     return output
@@ -87,12 +87,12 @@ class _Merged(Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - what gradients are for goes in by position
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, layer: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, layer: Any, adapter: str
     ) -> Tensor:
-        """x (..., in) or (B, in, h, w)."""
+        """x (..., in) or (B, in, h, w); a and b are the `adapter`'s."""
         ctx.save_for_backward(x, weight, a, b)
-        ctx.layer = layer
-        merged = _sum(layer, weight, a, b)
+        ctx.layer, ctx.adapter = layer, adapter
+        merged = _sum(layer, adapter, weight, a, b)
         return F.linear(x, merged, bias) if weight.ndim == 2 else F.conv2d(x, merged, bias, *_settings(layer))
 
     @staticmethod
@@ -101,17 +101,18 @@ class _Merged(Function):
         """dL/dx through the sum; dL/dA and dL/dB by the cheaper of two ways."""
         (gradient,) = gradients
         x, weight, a, b = ctx.saved_tensors
-        layer, scale = ctx.layer, ctx.layer.scaling[ADAPTER]
+        layer, adapter = ctx.layer, ctx.adapter  # another adapter may take effect by now
+        scale = layer.scaling[adapter]
         of_x = None
         if ctx.needs_input_grad[0]:
-            merged = _sum(layer, weight, a, b)
+            merged = _sum(layer, adapter, weight, a, b)
             of_x = F.linear(gradient, merged.T) if weight.ndim == 2 else _convolution_backward(layer, gradient, x, merged, of_weight=False)
-        _SUMS.pop(layer, None)  # an update may follow, and not all that change weights say so
+        _forget(layer, adapter)  # an update may follow, and not all that change weights say so
         if _sum_is_shorter(gradient, weight, a, b):
             of_a, of_b = _through_sum(layer, gradient, x, a, b)
         else:
             of_a, of_b = _through_factors(layer, gradient, x, a, b)
-        return of_x, None, None, of_a.mul_(scale), of_b.mul_(scale), None
+        return of_x, None, None, of_a.mul_(scale), of_b.mul_(scale), None, None
 
 
 def _sum_is_shorter(gradient: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -155,15 +156,22 @@ def _settings(layer: Any) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _sum(layer: Any, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _sum(layer: Any, adapter: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """W + s B A, kept or made."""
     of = (a._version, b._version)
-    found = _SUMS.get(layer)
+    found = _SUMS.get(layer, {}).get(adapter)
     if found is None or found.of != of:
-        found = _Sum(_shaped(torch.addmm(_flat(weight), _flat(b), _flat(a), alpha=layer.scaling[ADAPTER]), weight), of)
+        found = _Sum(_shaped(torch.addmm(_flat(weight), _flat(b), _flat(a), alpha=layer.scaling[adapter]), weight), of)
         if layer.keeps_sum:
-            _SUMS[layer] = found
+            _SUMS.setdefault(layer, {})[adapter] = found
     return found.weight
+
+
+def _forget(layer: Any, adapter: str) -> None:
+    kept = _SUMS.get(layer, {})
+    kept.pop(adapter, None)
+    if not kept:
+        _SUMS.pop(layer, None)
 
 
 def _rows(values: Tensor, ndim: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from infra.outside import local_copy
-from schemas.dmd import RegressionConfig
+from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
 from schemas.manifest import Manifest, Teacher
 from stages.diffusion.pipeline import TeacherPipeline
@@ -39,24 +39,29 @@ class DecodedDistance(nn.Module):
         return distances.mean()
 
 
-def open_distance(config: RegressionConfig, teacher: Manifest[Teacher], workspace: Workspace) -> Callable[[Tensor, Tensor], Tensor]:
-    """Load what the recipe compares outputs with. Raises `BadInput` for weights that cannot be had or do not fit."""
-    if config.distance == "l2":
+def open_distance(config: DmdConfig, teacher: Manifest[Teacher], workspace: Workspace) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Load what the recipe compares outputs with; None where it does not. Raises `BadInput` for weights that cannot be had or do not fit."""
+    if config.regression is None:
+        return None
+    if config.regression.distance == "l2":
         return mse_loss
     weights = local_copy(workspace.outside[OUTSIDE_VGG], workspace.scratch) if OUTSIDE_VGG in workspace.outside else None
-    distance = build(config, weights).to(workspace.device)
+    distance = build(config.regression, weights).to(workspace.device)
     pipeline = TeacherPipeline.load(
         workspace.fetch(teacher), workspace.device, only=frozenset() if OUTSIDE_DECODER in workspace.outside else frozenset({"vae"})
     )
     network: Any = pipeline.vae
     if OUTSIDE_DECODER in workspace.outside:
         network = tiny_decoder(local_copy(workspace.outside[OUTSIDE_DECODER], workspace.scratch), pipeline.latent_shape[0])
-    return DecodedDistance(decoder(network.to(workspace.device)), distance)
+    return DecodedDistance(decoder(network.to(workspace.device), gradient_checkpointing=config.gradient_checkpointing), distance)
 
 
-def decoder(network: Any) -> Decode:
-    """What an AutoencoderKL or an AutoencoderTiny makes of scaled latents. Freezes it."""
+def decoder(network: Any, *, gradient_checkpointing: bool = False) -> Decode:
+    """What an AutoencoderKL or an AutoencoderTiny makes of scaled latents. Freezes it; `gradient_checkpointing` has its activations computed again in
+    the backward pass."""
     network.requires_grad_(False)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
     return lambda latents: network.decode(latents / network.config.scaling_factor, return_dict=False)[0]
 
 

@@ -49,8 +49,8 @@ class DistributionMatching(Method[DmdBatch, DmdBatch]):
     """The student G is drawn along -(s_real - s_fake), to where outputs are likelier under the teacher than under G itself.
 
     In each step the fake score has `fake_updates` turns, each on new outputs of G, so that it knows G before the student has its turn; in the papers
-    it comes after, on the outputs that the student's turn has made: the same sequence but for where it begins. All turns of a step have the batch's
-    captions, and noise of their own.
+    it comes after, on the outputs that the student's turn has made: the same sequence but for where it begins. Each of these turns has captions,
+    pairs and pictures of its own batch (DMD2 4.2), the student's those of the last; all have noise of their own.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class DistributionMatching(Method[DmdBatch, DmdBatch]):
             FAKE_SCORE: replace(fake_player, updates=config.fake_updates * config.training_steps),
             STUDENT: Player.of(student.parameters, config.optimizer, config),
         }
+        self.batches_per_step = config.fake_updates if config.follows else 1
         self._tensors = {STUDENT: student.tensors, FAKE_SCORE: fake.tensors} | ({DISCRIMINATOR: judge.tensors} if judge else {})
         steps = teacher.schedule.num_train_timesteps
         self._lowest, self._highest = (round(share * steps) for share in config.noise_range)

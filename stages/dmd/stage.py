@@ -17,6 +17,7 @@ from stages.dmd.warm_up import PairRegression
 from stages.latents import LatentSet
 from stages.pairs.pair_set import PairSet
 from stages.perceptual import check_packages
+from stages.start import check_start
 from stages.students import check_teacher
 from stages.training import Row, train
 from stages.watching import StudentWatch, check_watch, publish_student
@@ -33,8 +34,10 @@ class Inputs(Model):
 
 
 def preflight(config: DmdConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
-    """Look for the packages that weights come from, and at what lies on this machine. Raises `BadInput`."""
+    """Look for the packages that weights come from, and at what lies on this machine: weights, and a student to go on from. Raises `BadInput`."""
     check_watch("dmd", config, outside)
+    if "start" in outside and (folder := _local(outside["start"])).exists():
+        check_start(config, folder)
     if config.regression is not None:
         check_packages(config.regression)
     if OUTSIDE_VGG in outside and (path := _local(outside[OUTSIDE_VGG])).is_dir():
@@ -53,7 +56,7 @@ def run(config: DmdConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     latents = LatentSet.open(inputs.latents, workspace, inputs.teacher)
     pairs = _pairs(config, inputs, workspace)
     matched_pairs = pairs if config.regression is not None else None
-    distance = None if config.regression is None else open_distance(config.regression, inputs.teacher, workspace)
+    distance = open_distance(config, inputs.teacher, workspace)
     networks = Networks.build(config, inputs.teacher, latents.latent_shape, workspace, seed=seed)
     warmed_up = _warm_up(config, networks, pairs, workspace, seed=seed)
     method = DistributionMatching(

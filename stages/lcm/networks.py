@@ -16,7 +16,7 @@ from stages.diffusion.guidance import add_guidance_input, takes_guidance
 from stages.diffusion.lora import add_lora, load_lora, lora_layers, without_lora
 from stages.diffusion.pipeline import TeacherPipeline, load_unet
 from stages.lcm.distillation import TargetNetwork
-from stages.lcm.start import fetch_start
+from stages.start import fetch_start
 from stages.students import Student, ready_for_training
 from stages.training.randomness import derive_seed
 from stages.training.sharding import shard

@@ -12,7 +12,7 @@ from stages.diffusion.schedule import lcm_timesteps
 from stages.encoded import open_encoded
 from stages.lcm.distillation import ConsistencyDistillation
 from stages.lcm.networks import Networks
-from stages.lcm.start import check_start
+from stages.start import check_start
 from stages.students import check_teacher
 from stages.training import train
 from stages.training.latent_batches import reader

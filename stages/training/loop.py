@@ -71,8 +71,9 @@ def train(  # noqa: PLR0915 - a loop is read from top to bottom
     updaters = {player: Updater(settings, share_out=shares_out(config, parallel)) for player, settings in method.players.items()}
     checkpoints = Checkpoints(workspace, name, method, updaters)
     batches = Batches(
-        read, samples, seed=seed, batch_size=config.batch_size, accumulation_steps=config.accumulation_steps, parallel=parallel
-    )
+        read, samples, seed=seed, batch_size=config.batch_size, accumulation_steps=config.accumulation_steps, parallel=parallel,
+        per_step=method.batches_per_step,
+    )  # fmt: skip
 
     step, rows = checkpoints.resume()  # steps completed, and their figures
     anchors = Anchors(checkpoints, config.alarms)
@@ -86,20 +87,27 @@ def train(  # noqa: PLR0915 - a loop is read from top to bottom
                 noise = anchors.noise_seed(seed)
                 draws = [Draw(noise, (step,), positions, device) for positions in batches.positions]
                 with torch.no_grad(), autocast(config, device):
-                    micro_batches = batches.at(step, config.training_steps)
-                    prepared = [method.prepare(batch, draw) for batch, draw in zip(micro_batches, draws, strict=True)]
+                    read_for_step = batches.at(step, config.training_steps)
+                    prepared = [
+                        [
+                            method.prepare(batch, draw.fold("batch", number) if number else draw)
+                            for batch, draw in zip(micro, draws, strict=True)
+                        ]
+                        for number, micro in enumerate(read_for_step)
+                    ]
 
                 for turn, player in enumerate(method.turns(step)):
                     updater = updaters[player]
                     only_trainable(player, updaters)
                     scalars: Mapping[str, Tensor] = {}
-                    for micro, (shared, draw) in enumerate(zip(prepared, draws, strict=True)):
-                        reduce_gradients(now=micro == len(prepared) - 1)
+                    taken = prepared[min(turn, len(prepared) - 1)]
+                    for micro, (shared, draw) in enumerate(zip(taken, draws, strict=True)):
+                        reduce_gradients(now=micro == len(taken) - 1)
                         torch.manual_seed(derive_seed(noise, step, turn, parallel.rank, micro, "dropout"))
                         with autocast(config, device):
                             named = method.loss(player, shared, draw.fold(player, turn))
-                        (named["loss"] / len(prepared)).backward()  # type: ignore[operator,union-attr]
-                        scalars = add_mean(scalars, named, len(prepared))
+                        (named["loss"] / len(taken)).backward()  # type: ignore[operator,union-attr]
+                        scalars = add_mean(scalars, named, len(taken))
 
                     updater.average_gradients(parallel)
                     scalars = parallel.average_scalars(scalars)

@@ -55,6 +55,8 @@ class Method(ABC, Generic[B, P]):
 
     players: Mapping[str, Player]
     """By name. In a player's turn only its own parameters require gradients."""
+    batches_per_step: int = 1
+    """Batches that are read for a step. Its turns take one after the other; those that are left when there are no more share the last."""
 
     @abstractmethod
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:

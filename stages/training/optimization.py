@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from stages.ranks import Parallel
@@ -84,6 +85,8 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
+        # Fused kernels and ZeRO's broadcasts change weights without a word, and what was made of them (`lora_merged`) would be taken for current.
+        increment_version([parameter for parameter in self.parameters.values() if not is_sharded(parameter)])
         self.drop_gradients()
         if self.average is not None:
             assert self.player.ema_decay is not None

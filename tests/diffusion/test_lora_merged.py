@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from schemas.training import OptimizerConfig
 from stages.diffusion import lora_merged
 from stages.diffusion.lora import (
     ADAPTER,
@@ -23,6 +24,8 @@ from stages.diffusion.lora import (
 )
 from stages.diffusion.lora_merged import keep_no_sums, merge_in_training, merging_is_cheaper
 from stages.diffusion.pipeline import TeacherPipeline
+from stages.training import Player
+from stages.training.optimization import Updater
 from tests import tiny_pipelines
 
 Pass = tuple[Tensor, list[Tensor]]
@@ -137,6 +140,35 @@ def test_sums_serve_until_the_backward_pass_and_follow_the_weights(teacher: Teac
                 parameter.data -= 10 * gradient
             results.append((target, output))
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_without_a_backward_pass_does_not_outlive_an_update(teacher: TeacherPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made for a target without gradients, of layers that go the other way in the student's own pass, so that no backward pass lets it go. Fused Adam
+    does not count up the versions of the weights that it changes."""
+    monkeypatch.setattr(lora_merged, "merging_is_cheaper", lambda *_arguments, gradients: not gradients)
+    unet = trained(teacher)
+    merge_in_training(unet)
+    parameters = dict(enumerate(lora_parameters(unet)))
+    updater = Updater(Player({str(name): p for name, p in parameters.items()}, OptimizerConfig(learning_rate=0.1), 3))
+    x, text = torch.ones(1, *teacher.latent_shape), teacher.conditioning(["a dog"])
+    targets = []
+    for _ in range(2):
+        with torch.no_grad():
+            denoiser = teacher.denoiser()
+            denoiser.unet = unet
+            targets.append(denoiser(x, torch.tensor([500]), text))
+        assert lora_merged._SUMS, "kept"
+        for parameter, gradient in zip(parameters.values(), passed(teacher, unet)[1], strict=True):
+            parameter.grad = gradient
+        updater.update(updater.grad_norm())
+    plain = copy.deepcopy(unet).eval()  # peft's own way
+    with torch.no_grad():
+        denoiser = teacher.denoiser()
+        for each in (unet, plain):
+            denoiser.unet = each
+            targets.append(denoiser(x, torch.tensor([500]), text))
+    assert not torch.allclose(targets[0], targets[1], atol=1e-3) and not torch.allclose(targets[1], targets[2], atol=1e-3)
+    torch.testing.assert_close(targets[2], targets[3], rtol=1e-4, atol=1e-4)
 
 
 def test_a_copy_has_its_own_layers(teacher: TeacherPipeline) -> None:

@@ -1,6 +1,7 @@
 """The stage `dmd`: its players in the loop, what a checkpoint must hold, students that plain diffusers calls draw as they were trained."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from schemas.errors import BadInput, RunFailed
 from schemas.manifest import Latents, Manifest, Pairs, StudentUNet, Teacher
+from schemas.recipe import Recipe
 from stages import dmd
 from stages.diffusion.denoiser import UNetDenoiser
 from stages.diffusion.pipeline import TeacherPipeline
@@ -47,6 +50,35 @@ def test_players_take_their_turns_and_reach_their_own_parameters(tmp_path: Path)
         *(f"{FAKE_SCORE}.{figure}" for figure in told | {"denoising", "real_accuracy", "fake_accuracy"}),
         *(f"{STUDENT}.{figure}" for figure in told | {"matching", "regression"} | latents),
     }
+
+
+def test_each_update_of_the_fake_score_has_a_batch_of_its_own(tmp_path: Path) -> None:
+    """Captions, pairs and pictures; the student takes the last one's. In the order of the set, whatever the number of updates."""
+    settings = config(gan={}, fake_updates=3, training_steps=2)
+    read, method = batch_reader(MixtureSet(), MadeUpPairs()), a_matching(settings)
+    seen: list[tuple[str, Any]] = []
+    taken: list[int] = []
+
+    def noted(player: str, prepared: Any, draw: Any) -> Any:
+        seen.append((player, prepared))
+        return type(method).loss(method, player, prepared, draw)
+
+    def told(chosen: Any) -> Any:
+        taken.extend(chosen)
+        return read(chosen)
+
+    method.loss = noted  # type: ignore[method-assign]
+    train(method, told, 64, settings, make_workspace(tmp_path), seed=1)
+    assert [player for player, _ in seen] == 2 * [*[FAKE_SCORE] * 3, STUDENT]
+    assert len(taken) == len(set(taken)) == 2 * 3 * settings.batch_size, "no sample twice within an epoch"
+    for batches in (seen[:4], seen[4:]):
+        (_, first), (_, second), (_, third), (_, students) = batches
+        for one, other in ((first, second), (second, third)):
+            assert not torch.equal(one.pairs.noise, other.pairs.noise)
+            assert not torch.equal(one.real.latents, other.real.latents)
+        assert torch.equal(third.pairs.noise, students.pairs.noise) and torch.equal(third.real.latents, students.real.latents)
+    one = a_matching(config(training_steps=2))
+    assert one.batches_per_step == 1, "an update of the fake score for each of the student: DMD"
 
 
 def test_without_matching_what_is_left_is_learnt_from(tmp_path: Path) -> None:
@@ -183,6 +215,29 @@ def test_other_teachers_get_their_lora(tmp_path: Path, kind: str) -> None:
     path = artifacts.open_store(tmp_path).fetch(student) / "pytorch_lora_weights.safetensors"
     with safe_open(path, framework="pt") as file:
         assert all(float(file.get_tensor(name).abs().max()) > 0 for name in file.keys() if ".lora_B." in name)  # noqa: SIM118
+
+
+@pytest.mark.parametrize("network", ["lora", "unet"])
+def test_a_student_is_gone_on_with(sdxl: Place, network: str) -> None:
+    """Stages of lambda, as DMD at guidance 8: a slow step from a student ends beside it, and none of the teacher's."""
+    folder, teacher, latents, pairs = sdxl
+    inputs = dmd.Inputs(teacher=teacher, latents=latents, pairs=pairs)
+    small: dict[str, object] = {"network": network, "lora_rank": 4, "lora_alpha": 4, "training_steps": 1}
+    first = made(sdxl, config(**small, optimizer={"learning_rate": 1e-2}))
+    begun = artifacts.open_store(folder).fetch(first)
+    slow = {"optimizer": {"learning_rate": 1e-6}, "regression": {"distance": "l2", "weight": 0.5}, "start": str(begun)}
+    settings = config(**small, **slow)
+    outside = {"start": str(begun)}
+    dmd.preflight(settings, outside, Recipe.model_construct())
+    second = dmd.run(settings, inputs, replace(artifacts.workspace(folder, config=settings), outside=outside))
+    name = "pytorch_lora_weights.safetensors" if network == "lora" else "unet/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(artifacts.open_store(folder).fetch(student) / name) for student in (first, second))
+    assert any(not torch.equal(after[key], value) for key, value in before.items()), "it was trained"
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=0, atol=1e-5)
+    if network == "lora":
+        with pytest.raises(BadInput, match=r"dmd.start: .*expected lora_rank 2"):
+            dmd.preflight(settings.model_copy(update={"lora_rank": 2}), outside, Recipe.model_construct())
 
 
 @pytest.mark.slow

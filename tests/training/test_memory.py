@@ -149,8 +149,8 @@ def test_the_discriminators_encoder_recomputes_its_activations(checkpointed: boo
     assert calls.count("BasicTransformerBlock") == (2 if checkpointed else 1) * (len(watched) - resnets)
 
 
-def measured_peak(place: Place, settings: LinkConfig, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes of tensors at the peak of training, as the allocator tells torch's profiler."""
+def measured_peak(stage: str, train_student: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of tensors at the peak of a stage's training, as the allocator tells torch's profiler."""
     before = storages(lambda _tensor: True)
     peaks: list[int] = []
 
@@ -167,8 +167,8 @@ def measured_peak(place: Place, settings: LinkConfig, monkeypatch: pytest.Monkey
         return rows
 
     with monkeypatch.context() as patch:
-        patch.setattr("stages.lightning.stage.train", profiled)
-        run(place, settings)
+        patch.setattr(f"stages.{stage}.stage.train", profiled)
+        train_student()
     return peaks[0]
 
 
@@ -194,5 +194,5 @@ def test_the_estimate_is_what_is_measured(
 ) -> None:
     place, shape = tiny
     settings = config(batch_size=16, training_steps=2, checkpoint_every=100, **more)
-    estimate, measured = shape.estimate(settings), measured_peak(place, settings, monkeypatch)
+    estimate, measured = shape.estimate(settings), measured_peak("lightning", lambda: run(place, settings), monkeypatch)
     assert estimate.peak == pytest.approx(measured, rel=0.15), (measured, estimate)

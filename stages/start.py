@@ -1,4 +1,4 @@
-"""The student that a latent consistency distillation goes on from, as it lies outside the store."""
+"""The student that a training goes on from, as it lies outside the store."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from infra.outside import local_copy
+from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
 from schemas.lcm import LcmConfig
 from stages.diffusion.facts import read_config
@@ -16,8 +17,11 @@ from stages.workspace import Workspace
 _OF_ARCHITECTURE: Final = ("in_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type")
 """Fields of a UNet's configuration in which a student is its teacher's."""
 
+Started = LcmConfig | DmdConfig
+"""Sections with a `start`."""
 
-def fetch_start(config: LcmConfig, teacher: Path, workspace: Workspace) -> Path | None:
+
+def fetch_start(config: Started, teacher: Path, workspace: Workspace) -> Path | None:
     """Return the folder of the student to go on from, held against the teacher's (a pipeline folder); None where it starts as the teacher.
 
     Raises `BadInput` as `check_start` does, and for a UNet of another architecture.
@@ -27,21 +31,24 @@ def fetch_start(config: LcmConfig, teacher: Path, workspace: Workspace) -> Path 
     folder = local_copy(workspace.outside["start"], workspace.scratch, lambda path: path == LORA_FILE or path.startswith(f"{UNET_FOLDER}/"))
     check_start(config, folder)
     if config.network == "unet":
-        with _said_of_the_start():
+        with _said_of_the_start(config):
             _check_architecture(read_config(folder, UNET_FOLDER), read_config(teacher, "unet"))
     return folder
 
 
-def check_start(config: LcmConfig, folder: Path) -> None:
+def check_start(config: Started, folder: Path) -> None:
     """Raise `BadInput` unless a student that the recipe can go on from lies in `folder`."""
-    with _said_of_the_start():
+    with _said_of_the_start(config):
         if config.network == "lora":
             found = rank_and_alpha(folder)
             if found != (config.lora_rank, config.lora_alpha):
                 expected = f"lora_rank {config.lora_rank} and lora_alpha {config.lora_alpha:g}, as the recipe has them"
                 raise BadInput(f"{folder}: a LoRA of rank {found[0]} and alpha {found[1]:g}; expected {expected}")
-        elif read_config(folder, UNET_FOLDER).get("time_cond_proj_dim") is not None and config.guidance_w_range is None:
-            raise BadInput(f"{folder}: its UNet takes w as an input; expected lcm.guidance_w_range too")
+        elif read_config(folder, UNET_FOLDER).get("time_cond_proj_dim") is not None:
+            if isinstance(config, DmdConfig):
+                raise BadInput(f"{folder}: its UNet takes w as an input; expected one that does not")
+            if config.guidance_w_range is None:
+                raise BadInput(f"{folder}: its UNet takes w as an input; expected lcm.guidance_w_range too")
 
 
 def _check_architecture(found: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
@@ -51,9 +58,9 @@ def _check_architecture(found: Mapping[str, Any], teacher: Mapping[str, Any]) ->
 
 
 @contextmanager
-def _said_of_the_start() -> Iterator[None]:
+def _said_of_the_start(config: Started) -> Iterator[None]:
     """Put the recipe's field before what is wrong with the student it names."""
     try:
         yield
     except BadInput as error:
-        raise BadInput(f"lcm.start: {error}") from error
+        raise BadInput(f"{'dmd' if isinstance(config, DmdConfig) else 'lcm'}.start: {error}") from error
