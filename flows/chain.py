@@ -58,9 +58,8 @@ def make_flow(body: Callable[..., R], name: str, run_name: Callable[[], str]) ->
         with requeued_when_preempted():
             return patient(*arguments, **named)
 
-    description = (body.__doc__ or "").partition(_FIELDS)[
-        0
-    ]  # the fields' sentences stand in the form; on the page they would be one paragraph
+    # the fields' sentences stand in the form; on the flow's page they would be one paragraph
+    description, *_ = (body.__doc__ or "").split(_FIELDS)
     return Flow(whole, name=name, description=description, flow_run_name=run_name, result_serializer="json")
 
 

@@ -26,10 +26,8 @@ def write_controlnet(folder: Path, teacher: Path = TEACHER) -> Path:
     halvings = len(json.loads((teacher / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"]) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        widths = (
-            16,
-            *(32 for _ in range(halvings)),
-        )  # of the pictures' way down to the latents' size, a stride of two after each but the last
+        # of the pictures' way down to the latents' size, a stride of two after each but the last
+        widths = (16, *(32 for _ in range(halvings)))
         controlnet: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
