@@ -41,7 +41,7 @@ def wrongs(source: str) -> Iterator[str]:
         def says(argument: str, value: object, given: dict[str, ast.expr] = given) -> bool:
             return argument in given and isinstance(given[argument], ast.Constant) and given[argument].value is value  # type: ignore[attr-defined]
 
-        if "trust_remote_code" in given:
+        if "trust_remote_code" in given and not says("trust_remote_code", False):  # left out, some loaders ask at the terminal
             yield f"line {node.lineno}: trust_remote_code"
         if (
             name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load")
@@ -74,6 +74,7 @@ def test_nothing_is_run_or_unpickled_that_came_from_elsewhere(room: str) -> None
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "AutoModel.from_pretrained(x, use_safetensors=True, trust_remote_code=True)",
+        "AutoModel.from_pretrained(x, use_safetensors=True, trust_remote_code=config.trusted)",
         "UNet.from_pretrained(x)",
         "np.load(x, allow_pickle=True)",
         "subprocess.run(x, shell=True)",

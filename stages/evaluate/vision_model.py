@@ -21,11 +21,10 @@ def load_vision_model(device: str, weights: Path | None, field: str) -> FeatureN
     """
     from transformers import AutoImageProcessor, AutoModel  # noqa: PLC0415  # seconds to import, needed by few recipes
 
-    processors: Any = AutoImageProcessor  # whose loader has no types
     assert weights is not None, "the recipe's own check"
     check_vision_model([path.name for path in weights.glob("*")], f"{field}: {weights}")
     try:
-        processor = processors.from_pretrained(weights, trust_remote_code=False)
+        processor: Any = AutoImageProcessor.from_pretrained(weights, trust_remote_code=False)  # type: ignore[no-untyped-call]
         model, told = AutoModel.from_pretrained(weights, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         _check_whole(told["missing_keys"])
         side = _side(processor)

@@ -1,5 +1,6 @@
 """Looks at a student in training, and what of a training is kept in its artifact."""
 
+import html
 import io
 import re
 from pathlib import Path
@@ -297,5 +298,10 @@ def render_again(place: Place, made: Manifest[Any]) -> str:
     captions = tuple(artifacts.CAPTIONS[index] for index in indices(seed, 0, 4, len(artifacts.CAPTIONS)))[:2]
     strips = {step: (files / f"grids/step-{step:06d}.png").read_bytes() for step in (3, 6, 7)}
     teacher = (files / "grids/teacher.png").read_bytes()
-    seen = Seen("last", made.content.best_step, made.content.best_fid, {}, captions, strips, teacher, (2,))
+    # of the reference's features, which are no file of the artifact
+    bias = re.search(
+        r"FID of 4 images with \d+ features means nothing by itself.*?of one model\.", (files / "report.html").read_text("utf-8")
+    )
+    assert bias is not None
+    seen = Seen("last", made.content.best_step, made.content.best_fid, {}, captions, strips, teacher, (2,), html.unescape(bias[0]))
     return render_report(Training(made.content, read_metrics(files / "metrics.parquet"), link(), made.lineage, seen))
