@@ -3,12 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from infra.outside import on_this_machine
 from schemas.dmd import DmdConfig
 from stages.diffusion.discriminator import unet_head
 from stages.dmd.decoding import DecodedDistance, decoder
@@ -80,8 +80,8 @@ def _decoder(shape: "TeacherShape", tiny: str | None) -> Any:
     kind: Any = diffusers.AutoencoderKL if tiny is None else diffusers.AutoencoderTiny
     described = dict(shape.vae_config)
     if tiny is not None:
-        path = Path(tiny.removeprefix("file://")) / "config.json"
-        described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"latent_channels": shape.latent_shape[0]}
+        path = on_this_machine(f"{tiny}/config.json")
+        described = {"latent_channels": shape.latent_shape[0]} if path is None else json.loads(path.read_text(encoding="utf-8"))
     with torch.device("meta"):
         return kind.from_config(described).eval()
 

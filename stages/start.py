@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from infra.outside import local_copy
+from infra.outside import local_copy, on_this_machine
 from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
 from schemas.lcm import LcmConfig
@@ -34,6 +34,12 @@ def fetch_start(config: Started, teacher: Path, workspace: Workspace) -> Path | 
         with _said_of_the_start(config):
             _check_architecture(read_config(folder, UNET_FOLDER), read_config(teacher, "unet"))
     return folder
+
+
+def preflight_start(config: Started, outside: Mapping[str, str]) -> None:
+    """`check_start` of a student that lies on this machine; one elsewhere is looked at when it comes."""
+    if "start" in outside and (folder := on_this_machine(outside["start"])) is not None:
+        check_start(config, folder)
 
 
 def check_start(config: Started, folder: Path) -> None:

@@ -84,47 +84,31 @@ class Chain:
 
     def lora(self, rank: int = 2, alpha: float = 3.0) -> Any:
         """An LCM-LoRA for 4 and 2 steps, its weights random, alpha unlike its rank."""
-        unet = copy.deepcopy(self.pipeline.unet)
-        add_lora(unet, rank, alpha, seed=1)
-        shake(lora_parameters(unet), 0.1, seed=2)
-        content = StudentLoRA(
-            method="lcm",
-            steps=(4, 2),
-            timesteps=LCM_GRIDS,
-            sampler="lcm",
-            prediction_type=self.teacher.content.prediction_type,
-            guidance_scale=1.0,
-            teacher=self.teacher.identity,
-            training_steps=30,
-            rank=rank,
-            alpha=alpha,
-        )
-        with tempfile.TemporaryDirectory() as name:
-            save_lora(unet, Path(name))
-            _write_metrics(Path(name))
-            return self._publish(Path(name), "lcm", "lcm", content)
+        facts = {"method": "lcm", "steps": (4, 2), "timesteps": LCM_GRIDS, "sampler": "lcm"}
+        return self._random_lora("lcm", "lcm", rank, alpha, seed=1, **facts)
 
     def lightning_lora(self, steps: int = 4, rank: int = 2, alpha: float = 3.0) -> Any:
         """A Lightning LoRA of one step count, its weights random."""
+        facts = {"method": "lightning", "steps": (steps,), "timesteps": {steps: trailing_timesteps(steps)}, "sampler": "trailing"}
+        return self._random_lora("lightning", f"lightning-{2 * steps}-{steps}-lora", rank, alpha, seed=5, **facts)
+
+    def _random_lora(self, stage: str, node: str, rank: int, alpha: float, *, seed: int, **facts: Any) -> Any:
         unet = copy.deepcopy(self.pipeline.unet)
-        add_lora(unet, rank, alpha, seed=5)
-        shake(lora_parameters(unet), 0.1, seed=6)
+        add_lora(unet, rank, alpha, seed=seed)
+        shake(lora_parameters(unet), 0.1, seed=seed + 1)
         content = StudentLoRA(
-            method="lightning",
-            steps=(steps,),
-            timesteps={steps: trailing_timesteps(steps)},
-            sampler="trailing",
             prediction_type=self.teacher.content.prediction_type,
             guidance_scale=1.0,
             teacher=self.teacher.identity,
             training_steps=30,
             rank=rank,
             alpha=alpha,
+            **facts,
         )
         with tempfile.TemporaryDirectory() as name:
             save_lora(unet, Path(name))
             _write_metrics(Path(name))
-            return self._publish(Path(name), "lightning", f"lightning-{2 * steps}-{steps}-lora", content)
+            return self._publish(Path(name), stage, node, content)
 
     def style(self, rank: int = 2, alpha: float = 1.5) -> Any:
         """A style LoRA with random weights."""

@@ -375,8 +375,7 @@ class ArtifactStore:
         """Find what nothing needs, and delete it unless `dry_run`. Never touches an identity whose lease is held.
 
         That is: files no manifest names, torn parts, unfinished writes, pages about artifacts that are no more and leases of dead runs, all older
-        than the age; every part of a
-        finished artifact; checkpoints (parts named `checkpoint-<number>`) beyond the newest few of each artifact.
+        than the age; every part of a finished artifact; checkpoints (parts named `checkpoint-<number>`) beyond the newest few of each artifact.
         """
         return collect(self._storage, self.find, dry_run=dry_run, older_than=older_than, keep_checkpoints=keep_checkpoints)
 

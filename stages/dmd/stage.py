@@ -1,9 +1,9 @@
 """Stage `dmd`: a student whose outputs are distributed as the teacher's (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from infra.outside import on_this_machine
 from schemas.base import Model
 from schemas.dmd import DmdConfig
 from schemas.errors import BadInput
@@ -17,7 +17,7 @@ from stages.dmd.warm_up import PairRegression
 from stages.latents import LatentSet
 from stages.pairs.pair_set import PairSet
 from stages.perceptual import check_packages
-from stages.start import check_start
+from stages.start import preflight_start
 from stages.students import check_teacher
 from stages.training import Row, train
 from stages.watching import StudentWatch, check_watch, publish_student
@@ -36,13 +36,13 @@ class Inputs(Model):
 def preflight(config: DmdConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for the packages that weights come from, and at what lies on this machine: weights, and a student to go on from. Raises `BadInput`."""
     check_watch("dmd", config, outside)
-    if "start" in outside and (folder := _local(outside["start"])).exists():
-        check_start(config, folder)
+    preflight_start(config, outside)
     if config.regression is not None:
         check_packages(config.regression)
-    if OUTSIDE_VGG in outside and (path := _local(outside[OUTSIDE_VGG])).is_dir():
+    here = {name: on_this_machine(outside[name]) for name in (OUTSIDE_VGG, OUTSIDE_DECODER) if name in outside}
+    if (path := here.get(OUTSIDE_VGG)) is not None and path.is_dir():
         raise BadInput(f"dmd.regression.vgg {path}: is a folder; expected a file with torchvision's VGG-16 weights")
-    if OUTSIDE_DECODER in outside and (path := _local(outside[OUTSIDE_DECODER])).exists() and not (path / "config.json").exists():
+    if (path := here.get(OUTSIDE_DECODER)) is not None and not (path / "config.json").exists():
         raise BadInput(f"dmd.regression.decoder {path}: has no config.json; expected the folder of an AutoencoderTiny")
 
 
@@ -76,10 +76,6 @@ def run(config: DmdConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any
     samples = len(latents) if matched_pairs is None else len(matched_pairs)
     rows = train(method, read, samples, config, workspace, seed=seed, observer=watch)
     return publish_student(networks.student, content, rows, config, workspace, watch=watch, converted=warmed_up)
-
-
-def _local(address: str) -> Path:
-    return Path(address.removeprefix("file://"))
 
 
 def _pairs(config: DmdConfig, inputs: Inputs, workspace: Workspace) -> PairSet | None:

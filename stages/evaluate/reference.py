@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from infra.outside import local_copy
+from infra.outside import local_copy, on_this_machine
 from schemas.base import Model
 from schemas.errors import BadInput
 from schemas.evaluation import ReferenceConfig
@@ -33,8 +33,7 @@ class Inputs(Model):
 def preflight(config: ReferenceConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for what the extractor needs, and for pictures where the folder is on this machine. Raises `BadInput`."""
     check_extractor(config.extractor, outside)
-    folder = Path(outside["reference"].removeprefix("file://"))
-    if folder.exists():
+    if (folder := on_this_machine(outside["reference"])) is not None:
         picture_files(folder)
 
 

@@ -1,7 +1,6 @@
 """Stage `lcm`: latent consistency distillation of a UNet or a LoRA (LCM, arXiv 2310.04378; LCM-LoRA, arXiv 2311.05556)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from schemas.base import Model
@@ -12,7 +11,7 @@ from stages.diffusion.schedule import lcm_timesteps
 from stages.encoded import open_encoded
 from stages.lcm.distillation import ConsistencyDistillation
 from stages.lcm.networks import Networks
-from stages.start import check_start
+from stages.start import preflight_start
 from stages.students import check_teacher
 from stages.training import train
 from stages.training.latent_batches import reader
@@ -31,8 +30,7 @@ class Inputs(Model):
 def preflight(config: LcmConfig, outside: Mapping[str, str], _recipe: Recipe) -> None:
     """Look for what the looks at the student will need, and at a student to go on from that lies on this machine. Raises `BadInput`."""
     check_watch("lcm", config, outside)
-    if "start" in outside and (folder := Path(outside["start"].removeprefix("file://"))).exists():
-        check_start(config, folder)
+    preflight_start(config, outside)
 
 
 def run(config: LcmConfig, inputs: Inputs, workspace: Workspace) -> Manifest[Any]:

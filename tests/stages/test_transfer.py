@@ -1,8 +1,9 @@
 """`evaluate.transfer`: LoRAs on other bases and under a style, each beside that teacher itself."""
 
+import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,47 +150,40 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
         yield found
 
 
-def test_its_pictures_are_those_of_diffusers_own_composition(elsewhere: Elsewhere, evaluated: Any) -> None:
-    folder = elsewhere.chain.store.fetch(evaluated) / "samples"
+def assert_diffusers_composes_the_same(elsewhere: Elsewhere, found: Any, lora: Any, row: str, scheduler_of: Callable[[Any], Any]) -> None:
+    """The pictures of a LoRA's `row` on the other base, alone and under the style, beside those of a plain pipeline with both LoRAs."""
+    folder = elsewhere.chain.store.fetch(found)
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(elsewhere.base)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(elsewhere.chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE, adapter_name="fast")
+    pipeline.load_lora_weights(elsewhere.chain.store.fetch(lora), weight_name=LORA_FILE, adapter_name="fast")
     pipeline.load_lora_weights(elsewhere.folder, weight_name=elsewhere.style.name, adapter_name="ink")
-    betas = {name: pipeline.scheduler.config[name] for name in ("beta_start", "beta_end", "beta_schedule")}
-    pipeline.scheduler = diffusers.LCMScheduler(**betas)
-    report = json.loads((folder.parent / "report.json").read_text())
+    pipeline.scheduler = scheduler_of(pipeline.scheduler.config)
+    report = json.loads((folder / "report.json").read_text())
     prompts = report["samples"]["examples"]
     for name, weights in (("other", [1.0, 0.0]), ("ink", [1.0, WEIGHT])):
         pipeline.set_adapters(["fast", "ink"], adapter_weights=weights)
         generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
         theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators).images
-        ours = list(read_pictures(folder / f"lcm-at-4-on-{name}"))[: len(prompts)]
+        ours = list(read_pictures(folder / f"samples/{row}-on-{name}"))[: len(prompts)]
         for one, two in zip(ours, theirs, strict=True):
             assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, name
+
+
+def test_its_pictures_are_those_of_diffusers_own_composition(elsewhere: Elsewhere, evaluated: Any) -> None:
+    def lcm_scheduler(config: Any) -> Any:
+        return diffusers.LCMScheduler(**{name: config[name] for name in ("beta_start", "beta_end", "beta_schedule")})
+
+    assert_diffusers_composes_the_same(elsewhere, evaluated, elsewhere.lora, "lcm-at-4", lcm_scheduler)
 
 
 def test_lightnings_lora_goes_elsewhere_as_lcms_does(elsewhere: Elsewhere) -> None:
     """On another base and under a style there: Euler on the trailing grid, without guidance."""
-    chain = elsewhere.chain
-    lightning = chain.lightning_lora(4)
+    lightning = elsewhere.chain.lightning_lora(4)
     found = elsewhere.run(elsewhere.config, "lightning", lightning_8_4_lora=lightning)
     elsewhere_rows = {row for row in found.content.scores if row.startswith("lightning") and "+" in row}
     assert elsewhere_rows == {f"lightning-8-4-lora@4+{name}" for name in ("other", "ink", "wide")}
-    folder = chain.store.fetch(found)
-    report = json.loads((folder / "report.json").read_text())
-    prompts = report["samples"]["examples"]
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(elsewhere.base)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(chain.store.fetch(lightning), weight_name=LORA_FILE, adapter_name="fast")
-    pipeline.load_lora_weights(elsewhere.folder, weight_name=elsewhere.style.name, adapter_name="ink")
-    pipeline.scheduler = make_scheduler("trailing", pipeline.scheduler.config, "epsilon")
-    for name, weights in (("other", [1.0, 0.0]), ("ink", [1.0, WEIGHT])):
-        pipeline.set_adapters(["fast", "ink"], adapter_weights=weights)
-        generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
-        theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators).images
-        ours = list(read_pictures(folder / f"samples/lightning-8-4-lora-at-4-on-{name}"))[: len(prompts)]
-        for one, two in zip(ours, theirs, strict=True):
-            assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, name
+    trailing = functools.partial(make_scheduler, "trailing", prediction_type="epsilon")
+    assert_diffusers_composes_the_same(elsewhere, found, lightning, "lightning-8-4-lora-at-4", trailing)
 
 
 def test_another_aspect_ratio_is_diffusers_own(elsewhere: Elsewhere) -> None:
