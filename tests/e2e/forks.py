@@ -42,13 +42,13 @@ class Child:
         """What it has said so far."""
         return self.log.read_text(errors="replace")
 
-    def kill_after(self, run: str, seconds: float) -> int:
-        """End it by SIGKILL so long after it has begun with the stage run; its exit code, another where it came to its end before.
+    def kill_after(self, run: str, seconds: float, once: Callable[[], bool] | None = None) -> int:
+        """End it by SIGKILL so long after it has begun with the stage run and `once` is true; its exit code, another where it came to its end before.
 
         Only the command itself is killed: what it started has to end by itself, and is waited for.
         """
         deadline = time.monotonic() + _LIMIT_SECONDS
-        while run not in started_runs(self.told) and self._lives():
+        while not (run in started_runs(self.told) and (once is None or once())) and self._lives():
             assert time.monotonic() < deadline, self.told
             time.sleep(POLL_SECONDS)
         until = time.monotonic() + seconds

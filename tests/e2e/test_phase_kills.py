@@ -62,7 +62,10 @@ def test_killed_at_ten_moments_on_an_object_store(
 
 
 def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Place) -> None:
-    """Kill a run at a random moment of each tenth of its duration; where it had come to its end before, it is begun anew."""
+    """Kill a run at a random moment of each tenth of its duration; where it had come to its end before, it is begun anew.
+
+    The second five count from its first checkpoint: a machine that has grown slower since a run was timed would have all ten before it.
+    """
     before = undisturbed.manifests()
     expected, command = before[name], ("stage", name, str(place.recipe))
     place.store.remove(expected.identity)
@@ -71,8 +74,13 @@ def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Pla
     random_moments = random.Random(f"{SEED} {name}")
     kept: list[list[str]] = []
     resumed = ends = 0
+
+    def checkpointed() -> bool:
+        return bool(place.store.parts(expected.identity))
+
     for tenth in range(KILLS):
-        fraction = (tenth + random_moments.random()) / KILLS
+        fraction = (tenth % (KILLS // 2) + random_moments.random()) / KILLS
+        once, since = (checkpointed, "first checkpoint") if tenth >= KILLS // 2 else (None, "start")
         for late in range(10):
             if (made := place.store.find(expected.identity)) is not None:
                 assert made.files_digest == expected.files_digest
@@ -82,7 +90,7 @@ def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Pla
                 ends += 1
             moment = fraction * seconds * 0.8**late
             child = forked.start(*command)
-            code = child.kill_after(name, moment)
+            code = child.kill_after(name, moment, once)
             told = child.told
             resumed += "resumed from" in told
             if code == -signal.SIGKILL and place.store.find(expected.identity) is None:
@@ -93,7 +101,7 @@ def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Pla
         assert started_runs(told) == [name]
         assert_whole(place)
         kept.append([part.name for part in place.store.parts(expected.identity)])
-        logger.info("%s: killed %.2f s after its start, %.2f s in all, with %s", name, moment, seconds, kept[-1])
+        logger.info("%s: killed %.2f s after its %s, %.2f s in all, with %s", name, moment, since, seconds, kept[-1])
     resumed += "resumed from" in forked.run(*command).told
     assert [] in kept and any(kept) and resumed, "some before the first checkpoint and some after it"
     after = place.manifests()
