@@ -25,8 +25,9 @@ from schemas.errors import BadInput, RunFailed, Transient
 from schemas.evaluation import PublishConfig
 from schemas.manifest import Manifest
 from schemas.recipe import Recipe
+from schemas.share import Share
 from stages.plan import Node, Plan
-from stages.runner import find_complete
+from stages.runner import find_complete, share_is_made
 
 logger = logging.getLogger(__name__)
 
@@ -92,21 +93,21 @@ def deployment_name(stage: str, pool: str) -> str:
 def run_on_pool(plan: Plan, node: Node, store: ArtifactStore) -> Manifest:
     """Return the node's artifact, made by a worker of the pool that the recipe names for its section.
 
+    Where the stage's configuration has `workers`, so many runs first make a share of its shards each, and the last makes the artifact of them.
+
     A run of the same artifact that is under way, started by this chain before it was interrupted or by another one, is joined. Raises `Transient`
-    when the worker was lost or the server cannot be reached, and `RunFailed` when the run failed or somebody cancelled it. When the chain is
-    cancelled, so is the run; a chain that is only interrupted leaves it going on.
+    when the worker was lost or the server cannot be reached, and `RunFailed` when a run failed or somebody cancelled it. When the chain is
+    cancelled, so are its runs; a chain that is only interrupted leaves them going on.
     """
+    workers = int(getattr(node.config, "workers", 1))
     try:
         with get_client(sync_client=True) as client:
-            while True:
-                run = _join_or_start(client, plan, node, store)
-                state = _wait(client, run, node)
-                found = find_complete(store, plan.identities[node.name])
-                if found is not None:
-                    return found
-                if not _was_cancelled_with_another_chain(client, run.id, state):
-                    raise _failure(node, run, state)
-                logger.info("%s: run %s was cancelled with another chain; it is started anew", node.name, run.name)
+            if workers > 1:
+                _have_run(client, plan, node, store, Share.all(workers))
+            _have_run(client, plan, node, store, (None,))
+            found = find_complete(store, plan.identities[node.name])
+            assert found is not None, "else there was a failure"
+            return found
     except httpx.HTTPError as error:
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
             raise RunFailed(
@@ -115,13 +116,35 @@ def run_on_pool(plan: Plan, node: Node, store: ArtifactStore) -> Manifest:
         raise Transient(f"{node.name}: Prefect's server cannot be reached ({error})") from error
 
 
-def _join_or_start(client: SyncPrefectClient, plan: Plan, node: Node, store: ArtifactStore) -> FlowRun:
-    """Return the run that is under way for the artifact, or a new one.
+def _have_run(client: SyncPrefectClient, plan: Plan, node: Node, store: ArtifactStore, shares: Sequence[Share | None]) -> None:
+    """Have shares of the node's artifact made, or (None) the whole: all at the same time, as far as there are workers."""
+    identity = plan.identities[node.name]
+
+    def is_made(share: Share | None) -> bool:
+        return find_complete(store, identity) is not None if share is None else share_is_made(store, identity, share)
+
+    left = [share for share in shares if not is_made(share)]
+    while left:
+        runs = {share: _join_or_start(client, plan, node, store, share) for share in left}
+        ended = _wait(client, list(runs.values()), node)
+        for share, run in runs.items():
+            state = ended.get(run.id)
+            if state is None or is_made(share):
+                continue
+            if not _was_cancelled_with_another_chain(client, run.id, state):
+                raise _failure(node, run, state)
+            logger.info("%s: run %s was cancelled with another chain; it is started anew", node.name, run.name)
+        left = [share for share in left if not is_made(share)]
+
+
+def _join_or_start(client: SyncPrefectClient, plan: Plan, node: Node, store: ArtifactStore, share: Share | None) -> FlowRun:
+    """Return the run that is under way for the artifact, or the share of it, or a new one.
 
     Two chains that both find none have counted the same earlier runs: their keys are equal, and the server makes one run of both.
     """
     identity = plan.identities[node.name]
-    tag = f"artifact-{identity[:16]}"
+    made = identity[:16] if share is None else f"{identity[:16]}-{share.part}"
+    tag = f"artifact-{made}"
     runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag])))
     for run in runs:
         if run.state is not None and not run.state.is_final():
@@ -135,29 +158,40 @@ def _join_or_start(client: SyncPrefectClient, plan: Plan, node: Node, store: Art
             "inputs": {name: plan.identities[name] for name in node.upstream()},
             "run": node.name,
             "identity": identity,
-        },
+        }
+        | ({} if share is None else {"share": str(share)}),
         tags=[tag],
-        idempotency_key=f"{identity}-{len(runs)}",
+        idempotency_key=f"{identity}-{len(runs)}" if share is None else f"{identity}-{share.part}-{len(runs)}",
         timeout=0,
     )
     assert isinstance(started, FlowRun), "a coroutine only where one is awaited"
     return started
 
 
-def _wait(client: SyncPrefectClient, run: FlowRun, node: Node) -> State:
-    logger.info("%s: waits for run %s on a worker of %s", node.name, run.name, run.work_pool_name)
+def _wait(client: SyncPrefectClient, runs: Sequence[FlowRun], node: Node) -> dict[UUID, State]:
+    """Wait until all have ended, or one that is not completed; the states of those that have."""
+    for run in runs:
+        logger.info("%s: waits for run %s on a worker of %s", node.name, run.name, run.work_pool_name)
+    ended: dict[UUID, State] = {}
     try:
         while True:
-            state = client.read_flow_run(run.id).state
-            if state is not None and state.is_final():
-                return state
+            for run in runs:
+                state = client.read_flow_run(run.id).state if run.id not in ended else None
+                if state is not None and state.is_final():
+                    ended[run.id] = state
+            if len(ended) == len(runs) or not all(state.is_completed() for state in ended.values()):
+                return ended
             time.sleep(POLL_SECONDS)
     except BaseException:  # a termination signal, raised in this thread; the worker must hear of it only where a person cancelled the chain
-        if _chain_is_cancelled(client):
-            client.set_flow_run_state(run.id, Cancelling(message=WITH_CHAIN))
-            logger.info("%s: run %s is cancelled with this chain", node.name, run.name)
-        else:
-            logger.warning("%s: run %s goes on; to stop it: prefect flow-run cancel %s", node.name, run.name, run.id)
+        cancelled = _chain_is_cancelled(client)
+        for run in runs:
+            if run.id in ended:
+                continue
+            if cancelled:
+                client.set_flow_run_state(run.id, Cancelling(message=WITH_CHAIN))
+                logger.info("%s: run %s is cancelled with this chain", node.name, run.name)
+            else:
+                logger.warning("%s: run %s goes on; to stop it: prefect flow-run cancel %s", node.name, run.name, run.id)
         raise
 
 

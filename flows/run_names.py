@@ -17,8 +17,10 @@ def recipe_run_name() -> str:
 
 
 def stage_run_name() -> str:
-    """Return the recipe's name and the stage run's."""
-    return f"{_recipe_name(flow_run.parameters)} {flow_run.parameters.get('run') or flow_run.flow_name}"
+    """Return the recipe's name, the stage run's, and the share."""
+    share = flow_run.parameters.get("share")
+    name = f"{_recipe_name(flow_run.parameters)} {flow_run.parameters.get('run') or flow_run.flow_name}"
+    return name if share is None else f"{name} {share}"
 
 
 def _recipe_name(parameters: dict[str, Any]) -> str:

@@ -11,11 +11,12 @@ from flows.gates import go_through_gates
 from flows.preparation import as_recipe, prepare
 from flows.results import result_storage
 from flows.run_names import stage_run_name
-from flows.tasks import Json, run_stage, stage_progress
+from flows.tasks import Json, run_share, run_stage, stage_progress
 from flows.texts import manifest_page
 from schemas.base import Sha256
 from schemas.errors import BadInput
 from schemas.recipe import Recipe
+from schemas.share import Share, ShareText
 from stages.gates import check_passes
 from stages.registry import STAGES, Stage
 
@@ -32,6 +33,7 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
         inputs: dict[str, InputReference] | None = None,
         run: str | None = None,
         identity: Sha256 | None = None,
+        share: ShareText | None = None,
         pass_gates: tuple[str, ...] = (),
     ) -> Json:
         recipe = as_recipe(recipe)
@@ -44,6 +46,8 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
                 f"{node.name}: would make the artifact {plan.identities[node.name][:12]} here, expected {str(identity)[:12]}: "
                 "this worker has another version of the code, or other files at the recipe's addresses"
             )
+        if share is not None:
+            return run_share(plan, node, surroundings, Share.parse(share))
         manifest, result = run_stage(plan, node, surroundings, {}, result_storage(surroundings.store))
         create_markdown_artifact(manifest_page(manifest, surroundings.store), key=f"{node.name}-result", description=node.stage)
         link_report(plan.recipe, {node.name: manifest}, surroundings.store)
@@ -58,6 +62,7 @@ def _flow_of(stage: Stage) -> Flow[..., Json]:
         inputs="Artifacts to read, by input or stage run (teacher, latents, lightning-8-4). Identities, or latest:recipe.",
         run="Which run, where the recipe has several of this stage, such as lightning-8-4.",
         identity="The artifact that the run is to make, and is refused unless it would. None: whichever it makes. A chain fills it in.",
+        share="Which of how many equal shares of its shards to make, such as 2/4, without the artifact; of pairs only. None: all, and the artifact.",
         pass_gates="Names of the recipe's gates to go past although they are not met. Empty: the run fails where one after this stage is not.",
     )
     return make_flow(run_single, f"distill-{stage.name}", stage_run_name)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 from prefect import Task
@@ -25,8 +25,9 @@ from infra.progress import Progress, local_progress
 from infra.store import ArtifactStore
 from schemas.errors import DistillError
 from schemas.manifest import Manifest
+from schemas.share import Share
 from stages.plan import Node, Plan
-from stages.runner import Surroundings, execute, find_complete
+from stages.runner import Surroundings, execute, execute_share, find_complete
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,20 @@ RETRY_DELAYS_SECONDS = (10.0, 60.0, 300.0)
 """Waits before the further tries of a stage that met a failure which may pass. The store has retried by itself before."""
 
 Json = dict[str, Any]
+
+
+def failure_may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retry only what may pass by itself: never a bad recipe, a NaN or a bug."""
+    return may_pass(state.result(raise_on_failure=False))
+
+
+RETRIED: Final[Json] = {
+    "retries": len(RETRY_DELAYS_SECONDS),
+    "retry_delay_seconds": list(RETRY_DELAYS_SECONDS),
+    "retry_jitter_factor": 0.2,
+    "retry_condition_fn": failure_may_pass,
+}
+"""Of a task."""
 
 
 def title(node: Node) -> str:
@@ -47,11 +62,6 @@ def stage_progress(node: Node) -> Iterator[Progress]:
     """Progress on the terminal and on the task run's page; alarms of a training as events."""
     with alarms_are_events(), local_progress(title(node)) as local:
         yield PrefectProgress(title(node), local)
-
-
-def failure_may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Retry only what may pass by itself: never a bad recipe, a NaN or a bug."""
-    return may_pass(state.result(raise_on_failure=False))
 
 
 def identity_key(_context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
@@ -95,10 +105,7 @@ def run_stage(
         result_serializer="json",
         cache_result_in_memory=False,
         cache_key_fn=identity_key,
-        retries=len(RETRY_DELAYS_SECONDS),
-        retry_delay_seconds=list(RETRY_DELAYS_SECONDS),
-        retry_jitter_factor=0.2,
-        retry_condition_fn=failure_may_pass,
+        **RETRIED,
     )
     inputs = {name: upstream[name] for name in node.upstream() if name in upstream}  # others are found on the store
     found = find_complete(surroundings.store, identity)
@@ -114,6 +121,22 @@ def run_stage(
         manifest = Manifest.model_validate(result)
     surroundings.store.note_latest(plan.recipe.name, node.name, manifest.identity)  # also where the task was cached
     return manifest, result
+
+
+def run_share(plan: Plan, node: Node, surroundings: Surroundings, share: Share) -> Json:
+    """Have a share of a stage's shards kept, as a task. Returns what it was; what is made lies on the store."""
+
+    @tried_by_task()
+    def make() -> None:
+        execute_share(plan, node, surroundings, share)
+
+    task = Task(make, name=node.stage, task_run_name=f"{title(node)} {share}", persist_result=False, **RETRIED)
+    try:
+        task()
+    except DistillError as error:
+        _show_failure(plan, node, surroundings.store, error)
+        raise
+    return {"identity": plan.identities[node.name], "share": str(share)}
 
 
 def _show_failure(plan: Plan, node: Node, store: ArtifactStore, error: DistillError) -> None:

@@ -250,6 +250,7 @@ class Cost(Model):
     anything's identity."""
 
     wall_seconds: float = 0.0
+    """Summed over all attempts, also those of several workers at one time."""
     gpu_hours: float = 0.0
     """Hours times the GPUs that the stage had."""
     peak_memory_bytes: int = 0
@@ -261,6 +262,7 @@ class Cost(Model):
     bytes_written: int = 0
     """To the store, checkpoints and finished pieces included."""
     attempts: PositiveInt = 1
+    """Runs that worked at it; each share of several workers is one."""
 
     def plus(self, other: "Cost") -> "Cost":
         """Both together: sums of what is spent, the higher of what is a peak."""

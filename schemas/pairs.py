@@ -35,6 +35,9 @@ class PairsConfig(Model):
     """Seed of the noise, which is a function of it and the pair's number. null: the recipe's."""
     processes: Annotated[int, Field(ge=1), NotIdentity] = 1
     """Shards drawn at the same time, each by a process of its own. On GPUs no more than there are, each with one."""
+    workers: Annotated[int, Field(ge=1, le=1000), NotIdentity] = 1
+    """Shares of the shards that a chain has drawn by runs of their own on the pool of `pools.pairs`, as many at a time as workers are free. Without
+    a pool: no meaning."""
 
     @property
     def network_calls(self) -> int:
@@ -56,4 +59,9 @@ def _steps_divide_the_schedule(config: PairsConfig) -> Iterator[Mistake]:
         yield ("steps",), config.steps, expected
 
 
-PairsConfig.cross_checks = (_steps_divide_the_schedule,)
+def _workers_agree_on_the_batch(config: PairsConfig) -> Iterator[Mistake]:
+    if config.workers > 1 and config.batch_size is None:
+        yield ("batch_size",), None, f"a number, which fits each of the {config.workers} workers: they draw with one batch size"
+
+
+PairsConfig.cross_checks = (_steps_divide_the_schedule, _workers_agree_on_the_batch)

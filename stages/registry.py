@@ -45,6 +45,14 @@ class Stage:
         module = self._module()
         return module.run, module.Inputs
 
+    def load_share(self) -> Callable[..., None]:
+        """Import the stage and return its function `run_share(config, inputs, workspace, share)`, which keeps a share's shards as parts.
+
+        A stage whose configuration has `workers` has one.
+        """
+        share: Callable[..., None] = self._module().run_share
+        return share
+
     def load_preflight(self) -> Callable[[Any, Mapping[str, str], Recipe], None] | None:
         """Import the stage and return its check of what must hold before anything runs, None where it has none.
 

@@ -1,11 +1,12 @@
 """Run one node of a plan: find it finished, or take its lease, run the stage, publish. The only way a stage is run, with Prefect or without."""
 
+import hashlib
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from infra.store.local import is_disk_full
 from schemas.base import Model
 from schemas.errors import BadInput, DistillError, RunFailed, Transient
 from schemas.manifest import Lineage, Manifest, Teacher
+from schemas.share import Share
 from schemas.training import TrainingConfig
 from stages.meter import Meter
 from stages.plan import Node, Plan
@@ -61,9 +63,7 @@ def _found_or_made(plan: Plan, node: Node, surroundings: Surroundings, inputs: M
     if found is not None:
         logger.info("%s: found %s", node.name, identity[:12])
         return found
-    known = dict(inputs)
-    for name in node.upstream():
-        known[name] = known.get(name) or _required(store, plan, name, node)
+    known = _known(plan, node, store, inputs)
     with store.lease(identity) as lease:
         if lease.already_done:
             found = find_complete(store, identity)
@@ -72,6 +72,28 @@ def _found_or_made(plan: Plan, node: Node, surroundings: Surroundings, inputs: M
         manifest = _run(plan, node, surroundings, known)
     store.delete_parts(identity)
     return manifest
+
+
+def execute_share(plan: Plan, node: Node, surroundings: Surroundings, share: Share) -> None:
+    """Keep a share of the node's shards on the store, where neither it nor the artifact is made yet; `execute` then makes the artifact of all.
+
+    Shares are made side by side, each under a lease of its own. Raises `BadInput` for a stage that is not made in shares, and what `execute` raises.
+    """
+    identity, store = plan.identities[node.name], surroundings.store
+    if not hasattr(node.config, "workers"):
+        raise BadInput(f"{node.name}: found the share {share}; its work cannot be shared: expected a stage such as pairs, or no share")
+    if share_is_made(store, identity, share):
+        logger.info("%s: found share %s of %s", node.name, share, identity[:12])
+        return
+    known = _known(plan, node, store, {})
+    with store.lease(hashlib.sha256(f"{identity} {share}".encode()).hexdigest()):
+        if not share_is_made(store, identity, share):  # by the holder before us
+            _run_share(plan, node, surroundings, known, share)
+
+
+def share_is_made(store: ArtifactStore, identity: str, share: Share) -> bool:
+    """Whether all of a share's shards are kept, or the artifact is made."""
+    return any(part.name == share.part for part in store.parts(identity)) or find_complete(store, identity) is not None
 
 
 def find_complete(store: ArtifactStore, identity: str) -> Manifest | None:
@@ -83,6 +105,10 @@ def find_complete(store: ArtifactStore, identity: str) -> Manifest | None:
         return manifest
     logger.warning("artifact %s: objects are missing on the store, or cut short: taken as not made", identity[:12])
     return None
+
+
+def _known(plan: Plan, node: Node, store: ArtifactStore, inputs: Mapping[str, Manifest]) -> dict[str, Manifest]:
+    return dict(inputs) | {name: inputs.get(name) or _required(store, plan, name, node) for name in node.upstream()}
 
 
 def _required(store: ArtifactStore, plan: Plan, name: str, reader: Node) -> Manifest:
@@ -105,6 +131,28 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
     run, inputs_class = kind.load()
     inputs = _inputs(inputs_class, node, known)
     processes = _processes(node, surroundings)
+    with _working(plan, node, surroundings, known, processes) as workspace:
+        manifest = run(node.config, inputs, workspace) if processes == 1 else _together(node, inputs, workspace, processes)
+    if manifest.kind not in kind.makes:
+        raise RunFailed(f"{node.name}: made a {manifest.kind}, expected {' or '.join(kind.makes)}")
+    logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - workspace.meter.started)
+    return manifest
+
+
+def _run_share(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str, Manifest], share: Share) -> None:
+    kind = stage(node.stage)
+    inputs = _inputs(kind.load()[1], node, known)
+    with _working(plan, node, surroundings, known, 1) as workspace:
+        kind.load_share()(node.config, inputs, workspace, share)
+        workspace.store.note_spent(workspace.identity, workspace.meter.cost())
+        with workspace.folder("nothing") as folder:
+            workspace.save_part(share.part, folder, {})
+    logger.info("%s: made share %s in %.1f s", node.name, share, time.monotonic() - workspace.meter.started)
+
+
+@contextmanager
+def _working(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str, Manifest], processes: int) -> Iterator[Workspace]:
+    """The surroundings of one attempt at the node, on devices of its own where it trains. What it cost is noted where it fails."""
     trains = isinstance(node.config, TrainingConfig) and not surroundings.share_devices
     scratch = Path(tempfile.mkdtemp(prefix=f"distill-{node.name}-", dir=surroundings.scratch))
     try:
@@ -125,7 +173,7 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
                 meter=meter,
             )
             try:
-                manifest = run(node.config, inputs, workspace) if processes == 1 else _together(node, inputs, workspace, processes)
+                yield workspace
             except BaseException as error:
                 _note_spent(workspace, error)
                 raise
@@ -136,10 +184,6 @@ def _run(plan: Plan, node: Node, surroundings: Surroundings, known: Mapping[str,
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         surroundings.store.release()  # else a chain run by one process would keep everything it ever fetched in the read cache
-    if manifest.kind not in kind.makes:
-        raise RunFailed(f"{node.name}: made a {manifest.kind}, expected {' or '.join(kind.makes)}")
-    logger.info("%s: made %s in %.1f s", node.name, manifest.identity[:12], time.monotonic() - meter.started)
-    return manifest
 
 
 def _note_spent(workspace: Workspace, error: BaseException) -> None:

@@ -15,6 +15,7 @@ from infra.store import ArtifactStore
 from schemas.errors import BadInput
 from schemas.loading import load_recipe
 from schemas.manifest import Evaluation, Manifest, PublishedModel, Selection
+from schemas.share import Share
 from stages.plan import Node
 
 
@@ -55,18 +56,29 @@ def stage(
     also: Also = None,
     store: Store = None,
     device: Device = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER/SHARES", help="Make only this share of its shards, beside others; of pairs. Then run it without, once."
+        ),
+    ] = None,
     pass_gate: PassGate = None,
 ) -> None:
     """Run one stage of a recipe alone, without Prefect. Its inputs are found on the store by identity, or given."""
     from flows.preparation import prepare
     from stages.gates import check_passes, go_through_gates
-    from stages.runner import execute
+    from stages.runner import execute, execute_share
 
+    part = None if share is None else Share.parse(share)
     parsed = load_recipe(recipe, with_also(overrides, also))
     passed = tuple(pass_gate or ())
     check_passes(passed, parsed.gates)
     prepared = prepare(parsed, store, device, progress=_progress, only=name, inputs=_given(inputs or ()))
     node = prepared.plan.node(name)
+    if part is not None:
+        execute_share(prepared.plan, node, prepared.surroundings, part)
+        output.print(f"share {part} of {name} is made")
+        return
     manifest = execute(prepared.plan, node, prepared.surroundings)
     print_chain({node.name: manifest}, {left.name for left in prepared.unfinished}, prepared.surroundings.store)
     go_through_gates(parsed.gates, manifest, prepared.surroundings.store, passed)

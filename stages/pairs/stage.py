@@ -14,6 +14,7 @@ from schemas.errors import BadInput
 from schemas.manifest import Latents, Manifest, Pairs, Teacher
 from schemas.pairs import PairsConfig
 from schemas.recipe import Recipe
+from schemas.share import Share
 from stages.diffusion.facts import inspect
 from stages.fitting import fitted_once
 from stages.kept_shards import processes_for_shards, publish_shards, shards_left
@@ -52,6 +53,19 @@ def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[P
 
     On this machine's disk lie the teacher, one shard for each process, and the shards of the encoded set that hold its captions' text.
     """
+    work = _drawn(config, inputs, workspace, Share(1, 1))
+    names = [shard_name(number) for number in range(work.content.shards)]
+    with workspace.folder("artifact") as folder:
+        return publish_shards(work.content, names, INDEX_SCHEMA, folder, workspace)
+
+
+def run_share(config: PairsConfig, inputs: Inputs, workspace: Workspace, share: Share) -> None:
+    """Draw a share of the shards and keep them, for the run that makes the artifact of all. Raises what `run` raises."""
+    _drawn(config, inputs, workspace, share)
+
+
+def _drawn(config: PairsConfig, inputs: Inputs, workspace: Workspace, share: Share) -> Work:
+    """Have every shard of the share kept, and return what was made."""
     check_teacher(inputs.teacher, inputs.latents)
     content = planned_content(
         config,
@@ -72,12 +86,10 @@ def run(config: PairsConfig, inputs: Inputs, workspace: Workspace) -> Manifest[P
     )
     try:
         work = _fitted(work, config, workspace)
-        _draw_all(work, config, workspace)
+        _draw_all(work, config, workspace, share)
     finally:
         unload_drawer()
-    names = [shard_name(number) for number in range(work.content.shards)]
-    with workspace.folder("artifact") as folder:
-        return publish_shards(work.content, names, INDEX_SCHEMA, folder, workspace)
+    return work
 
 
 def _fitted(work: Work, config: PairsConfig, workspace: Workspace) -> Work:
@@ -97,11 +109,12 @@ def _fitted(work: Work, config: PairsConfig, workspace: Workspace) -> Work:
     return replace(work, content=work.content.model_copy(update={"batch_size": found}))
 
 
-def _draw_all(work: Work, config: PairsConfig, workspace: Workspace) -> None:
-    """Make the shards that are not kept yet, by as many processes as were asked for and have a device."""
-    total = work.content.pairs
-    left = shards_left([shard_name(number) for number in range(work.content.shards)], workspace)
+def _draw_all(work: Work, config: PairsConfig, workspace: Workspace, share: Share) -> None:
+    """Make the shards of the share that are not kept yet, by as many processes as were asked for and have a device."""
+    shards = [number for number in range(work.content.shards) if share.has(number)]
+    left = [shards[place] for place in shards_left([shard_name(number) for number in shards], workspace)]
     processes = processes_for_shards(left, config.processes, work.devices, workspace.device)
+    total = sum(len(work.numbers(number)) for number in shards)
     pairs = total - sum(len(work.numbers(number)) for number in left)
     for made in map_processes(partial(draw_shard, work=work), left, processes):
         pairs += made

@@ -14,18 +14,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from infra.store import ArtifactStore
+from schemas.base import digest
 from schemas.errors import BadInput, RunFailed
 from schemas.lcm import LcmConfig
 from schemas.lightning import LinkConfig
 from schemas.loading import parse_recipe
 from schemas.manifest import Latents, Manifest, Pairs, Teacher
 from schemas.pairs import PairsConfig
+from schemas.share import Share
 from stages import lcm, lightning
 from stages.diffusion.sampling import image_generator
-from stages.pairs import Inputs, PairSet, preflight, run
+from stages.pairs import Inputs, PairSet, preflight, run, run_share
 from stages.pairs import stage as stage_module
 from stages.pairs.draw import Drawer, pair_noise
 from stages.plan import nodes_of
@@ -195,6 +198,22 @@ def test_what_is_kept_is_not_drawn_again(place: Place, made: Manifest[Pairs], mo
         place.run("interrupted")
     assert hashes(place.run("interrupted")) == hashes(made)
     assert drawn == [*range(13), *range(10, 17)]
+
+
+def test_shares_make_the_bytes_of_one_run(place: Place, made: Manifest[Pairs]) -> None:
+    inputs = Inputs(teacher=place.teacher, latents=place.latents)
+    for share, kept in ((Share(3, 3), [2]), (Share(1, 3), [0, 2, 3])):
+        run_share(CONFIG, inputs, make_workspace(place.folder, place.store, identity="shared", seed=7), share)
+        parts = place.store.parts(digest("shared"))
+        assert [part.name for part in parts] == [f"pairs-{number:05d}" for number in kept]
+    finished = place.run("shared")
+    assert hashes(finished) == hashes(made) and finished.content == made.content
+
+
+def test_workers_draw_with_one_batch_size() -> None:
+    assert PairsConfig(batch_size=3, workers=2).identity_fields() == PairsConfig(batch_size=3).identity_fields()
+    with pytest.raises(ValidationError, match="batch_size\n.*fits each of the 2 workers"):
+        PairsConfig(workers=2)
 
 
 def test_text_that_is_made_on_the_fly_is_made_when_it_is_drawn(place: Place, made: Manifest[Pairs], tmp_path: Path) -> None:

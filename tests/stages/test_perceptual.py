@@ -1,6 +1,7 @@
-"""LPIPS beside the package `lpips` on drawn pictures, and the distance through decoders."""
+"""LPIPS beside the package `lpips` on drawings and on a photograph, and the distance through decoders."""
 
 import io
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,10 +52,27 @@ def drawings() -> tuple[Tensor, Tensor]:
     return tensors[:4], tensors[4:]
 
 
+def photographs() -> tuple[Tensor, Tensor]:
+    """Parts of the photograph that matplotlib carries, each (4, 3, 128, 128) in -1..1: as they are, and enlarged from half the size as a JPEG."""
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg")) as file:
+        whole = file.convert("RGB")
+    parts = [whole.crop((left, upper, left + 128, upper + 128)) for left in (60, 250) for upper in (40, 300)]
+    spoilt = []
+    for part in parts:
+        kept = io.BytesIO()
+        part.resize((64, 64)).save(kept, "JPEG", quality=30)
+        spoilt.append(Image.open(kept).resize((128, 128)))
+    sharp, blurred = (
+        torch.stack([torch.from_numpy(np.asarray(part).copy()).permute(2, 0, 1) / 127.5 - 1 for part in those]) for those in (parts, spoilt)
+    )
+    return sharp, blurred
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_it_is_the_packages_distance_on_drawings(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("pictures", [drawings, photographs])
+def test_it_is_the_packages_distance(tmp_path: Path, suffix: str, pictures: Callable[[], tuple[Tensor, Tensor]]) -> None:
     ours = build(RegressionConfig(vgg="given"), saved_vgg(tmp_path).with_suffix(suffix))
-    x, y = drawings()
+    x, y = pictures()
     with torch.no_grad():
         expected = packages_own()(x, y).flatten()
         assert float(expected.min()) > 1e-3, "nothing is compared"
