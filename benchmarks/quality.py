@@ -32,6 +32,8 @@ Students = Mapping[str, tuple[str, tuple[str, ...]]]
 MSE = ("lightning.adversarial=null", "lcm=null")
 """The same chain with the squared error on all links."""
 ONE_DMD = ("lightning=null",)
+L2 = (*ONE_DMD, "dmd.regression={distance: l2, weight: 1.0}")
+"""The recipe's distance is through the network whose features FID is measured in, which favours regression: this one is of latents."""
 DMD2 = (*ONE_DMD, "dmd.regression=null", "dmd.fake_updates=5", "dmd.gan={}", "dmd.training_steps=150")
 TABLES: Mapping[str, Students] = {
     "lightning": {
@@ -45,6 +47,8 @@ TABLES: Mapping[str, Students] = {
         # twice the batch: with regression each pair's output is matched beside a fresh one
         "no-regression": ("tiny-dmd.yaml", (*ONE_DMD, "dmd.regression=null", "dmd.batch_size=16")),
         "regression-alone": ("tiny-dmd.yaml", (*ONE_DMD, "dmd.matching=false")),
+        "l2": ("tiny-dmd.yaml", L2),
+        "l2-regression-alone": ("tiny-dmd.yaml", (*L2, "dmd.matching=false")),
         "dmd2": ("tiny-dmd.yaml", DMD2),
         "dmd2-4-steps": ("tiny-dmd.yaml", (*DMD2, "dmd.warm_up=null", "dmd.steps=4")),
     },
