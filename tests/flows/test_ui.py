@@ -1,7 +1,6 @@
 """The chain as a person runs it from Prefect's UI: a real server with a worker, as `distill services up` starts them, and a headless Chromium.
 
-Run where `DISTILL_TEST_UI` is set, and nowhere else yet: on busy machines a form's Submit was not answered in two runs of four (503, "database is
-locked", in the server's log), and a third ended in a question of this module's own. Until that is understood it would tell nothing of a change.
+Run where `DISTILL_TEST_UI` is set: it takes minutes, and a machine that is busy otherwise makes Prefect's UI slower than this module waits.
 """
 
 import json
