@@ -1,6 +1,5 @@
 """Run one node of a plan: find it finished, or take its lease, run the stage, publish. The only way a stage is run, with Prefect or without."""
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from infra.progress import NullProgress, Progress
 from infra.provenance import describe_host, library_versions, source_revision
 from infra.store import ArtifactStore, Traffic
 from infra.store.local import is_disk_full
-from schemas.base import Model
+from schemas.base import Model, digest
 from schemas.errors import BadInput, DistillError, RunFailed, Transient
 from schemas.manifest import Lineage, Manifest, Teacher
 from schemas.share import Share
@@ -86,7 +85,7 @@ def execute_share(plan: Plan, node: Node, surroundings: Surroundings, share: Sha
         logger.info("%s: found share %s of %s", node.name, share, identity[:12])
         return
     known = _known(plan, node, store, {})
-    with store.lease(hashlib.sha256(f"{identity} {share}".encode()).hexdigest()):
+    with store.lease(digest([identity, str(share)])):
         if not share_is_made(store, identity, share):  # by the holder before us
             _run_share(plan, node, surroundings, known, share)
 

@@ -1,6 +1,5 @@
 """Pairs that two workers of a pool draw together, one of them killed: the digests of one process."""
 
-import hashlib
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from schemas.base import digest
 from tests.e2e.conftest import Nano
 from tests.e2e.nano import Command, Place, assert_same
 
@@ -74,8 +74,8 @@ def test_two_workers_one_killed_make_what_one_process_makes(alone: Place, shared
 
 def holder(place: Place, identity: str, share: str) -> int | None:
     """Process that holds the share's lease."""
-    digest = hashlib.sha256(f"{identity} {share}".encode()).hexdigest()
-    records = sorted((place.folder / "store" / "leases" / digest).glob("*.json"))
+    lease = place.folder / "store" / "leases" / digest([identity, share])
+    records = sorted(lease.glob("*.json"))
     try:
         return int(json.loads(records[-1].read_bytes())["pid"]) if records else None
     except (OSError, ValueError):  # replaced meanwhile

@@ -212,7 +212,7 @@ def test_shares_make_the_bytes_of_one_run(place: Place, made: Manifest[Pairs]) -
 
 def test_workers_draw_with_one_batch_size() -> None:
     assert PairsConfig(batch_size=3, workers=2).identity_fields() == PairsConfig(batch_size=3).identity_fields()
-    with pytest.raises(ValidationError, match="batch_size\n.*fits each of the 2 workers"):
+    with pytest.raises(ValidationError, match=r"batch_size\n.*fits each of the 2 workers"):
         PairsConfig(workers=2)
 
 
