@@ -31,10 +31,9 @@ Students = Mapping[str, tuple[str, tuple[str, ...]]]
 
 MSE = ("lightning.adversarial=null", "lcm=null")
 """The same chain with the squared error on all links."""
-ONE_DMD = ("lightning=null",)
-L2 = (*ONE_DMD, "dmd.regression={distance: l2, weight: 1.0}")
-"""The recipe's distance is through the network whose features FID is measured in, which favours regression: this one is of latents."""
-DMD2 = (*ONE_DMD, "dmd.regression=null", "dmd.fake_updates=5", "dmd.gan={}", "dmd.training_steps=150")
+DMD2 = ("dmd.regression=null", "dmd.fake_updates=5", "dmd.gan={}", "dmd.training_steps=150")
+LPIPS = ("dmd.regression={distance: lpips-efficientnet-lite0, weight: 0.25}",)
+"""The form of the papers' distance, through the network whose features FID is measured in: that favours regression."""
 TABLES: Mapping[str, Students] = {
     "lightning": {
         "": ("tiny-adversarial.yaml", ()),
@@ -45,12 +44,13 @@ TABLES: Mapping[str, Students] = {
     "dmd": {
         "": ("tiny-dmd.yaml", ()),
         # twice the batch: with regression each pair's output is matched beside a fresh one
-        "no-regression": ("tiny-dmd.yaml", (*ONE_DMD, "dmd.regression=null", "dmd.batch_size=16")),
-        "regression-alone": ("tiny-dmd.yaml", (*ONE_DMD, "dmd.matching=false")),
-        "l2": ("tiny-dmd.yaml", L2),
-        "l2-regression-alone": ("tiny-dmd.yaml", (*L2, "dmd.matching=false")),
+        "no-regression": ("tiny-dmd.yaml", ("dmd.regression=null", "dmd.batch_size=16")),
+        "regression-alone": ("tiny-dmd.yaml", ("dmd.matching=false",)),
+        "lpips": ("tiny-dmd.yaml", LPIPS),
+        "lpips-regression-alone": ("tiny-dmd.yaml", (*LPIPS, "dmd.matching=false")),
         "dmd2": ("tiny-dmd.yaml", DMD2),
         "dmd2-4-steps": ("tiny-dmd.yaml", (*DMD2, "dmd.warm_up=null", "dmd.steps=4")),
+        "chain": ("tiny-adversarial.yaml", ("lcm=null",)),
     },
 }
 """Students by table. The first recipe of each says how all of it are measured."""
