@@ -1,6 +1,7 @@
 """The chain as a person runs it from Prefect's UI: a real server with a worker, as `distill services up` starts them, and a headless Chromium.
 
-Run where `DISTILL_TEST_UI` is set: it takes minutes, and a machine that is busy otherwise makes Prefect's UI slower than this module waits.
+Run where `DISTILL_TEST_UI` is set: it takes minutes, and a machine that is busy otherwise makes Prefect's UI slower than this module waits. It leaves
+a picture of every page in the test's folder, to be looked at: `DISTILL_TEST_UI=1 pytest tests/flows/test_ui.py --basetemp FOLDER`.
 """
 
 import json
@@ -35,6 +36,12 @@ class Ui:
     tab: Tab
     client: Any
     url: str
+    pictures: Path
+
+    def look(self, name: str) -> None:
+        """Leave a picture of what is open."""
+        self.pictures.mkdir(exist_ok=True)
+        self.tab.picture(self.pictures / f"{name}.png")
 
     def wait(self, run: str, times: int = 1) -> Any:
         """Wait until a run has begun so many times and ended; the run."""
@@ -78,7 +85,7 @@ def ui(chain: ToyChain) -> Iterator[Ui]:
             template["variables"]["properties"]["command"]["default"] = f'python -c "{ENGINE}"'
             client.update_work_pool("cpu", WorkPoolUpdate(base_job_template=template))
             with browser(chain.folder / "profile") as tab:
-                yield Ui(tab, client, url)
+                yield Ui(tab, client, url, chain.folder / "pictures")
         finally:
             up.terminate()
             up.wait()
@@ -147,6 +154,7 @@ def see_a_form_that_guides_and_refuses(ui: Ui) -> None:
     tab.type(field("seed (Optional)"), "3")
     tab.click("Submit", "button")
     tab.wait_for_text("Validation failed for field 'recipe.name'")
+    ui.look("form-refused")
 
 
 def test_the_chain_is_started_watched_and_retried_from_the_ui(chain: ToyChain, ui: Ui) -> None:
@@ -162,14 +170,17 @@ def test_the_chain_is_started_watched_and_retried_from_the_ui(chain: ToyChain, u
     tab.type(field("recipe"), Path(chain.recipe_file()).read_text())
     tab.click("str", "tab", property_of("until (Optional)"))
     tab.type(field("until (Optional)"), "select")
+    ui.look("form-filled")
     run = start_run(ui)
     assert ui.wait(run).state.is_completed()
     ui.wait_for_tasks(run, dict.fromkeys(STAGES[:3], "Completed"))
     assert chain.runs() == STAGES[:3]
     tab.wait_for_text("Completed")
+    ui.look("run-completed")
     tab.click("Artifacts", "tab")
     for key in ("ingest", "measure", "select"):
         tab.wait_for_text(f"\n{key}\n")
+    ui.look("run-artifacts")
     tab.wait("!!document.querySelector('a[href$=\"/artifacts/key/chain\"]')", "the chain's artifact")
     tab.js("document.querySelector('a[href$=\"/artifacts/key/chain\"]').click()")
     tab.wait(
@@ -177,6 +188,7 @@ def test_the_chain_is_started_watched_and_retried_from_the_ui(chain: ToyChain, u
     )
     tab.js("document.querySelector('a[href*=\"/artifacts/artifact/\"]').click()")
     tab.wait_for_text(f"Store: {chain.address}")
+    ui.look("artifact")
     assert "time when made" in tab.text() and chain.store.latest("toy", "select").identity[:12] in tab.text()
 
     # A stage fails for a reason outside, which is mended then; Retry finds what is finished.
@@ -191,6 +203,7 @@ def test_the_chain_is_started_watched_and_retried_from_the_ui(chain: ToyChain, u
     tab.wait_for_text("Failed")
     tab.click("Artifacts", "tab")
     tab.wait_for_text("why encode failed")
+    ui.look("run-failed")
     tab.click("Open menu", "button")
     tab.click("Retry", "menuitem")
     ask(ui, "Retry", "scheduled for retry", "document.querySelector('[role=alertdialog]')")
@@ -198,5 +211,6 @@ def test_the_chain_is_started_watched_and_retried_from_the_ui(chain: ToyChain, u
     assert again.state.is_completed(), again.state.message
     ui.wait_for_tasks(run, dict.fromkeys(STAGES[:4], "Cached") | {"encode": "Completed"}, times=2)
     tab.wait_for_text("Completed")
+    ui.look("run-retried")
     assert chain.runs() == ["teacher", "encode", "encode"]
     assert chain.store.verify(chain.store.latest("toy", "encode")) == []
