@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +74,9 @@ def worker(
             "a run is started in a temporary folder, where a relative one would be lost"
         )
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # of the pool's command: python
+    # Ignored by what a script puts in the background; and Prefect's worker makes SIGINT of SIGTERM.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     named = ["--name", name] if name else []
     import flows.process_worker  # noqa: F401 - registers itself for the type
 

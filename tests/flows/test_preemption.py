@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import ENGINE, ToyChain
+from tests.flows.conftest import COMMAND, ENGINE, ToyChain, wait_until
 
 pytestmark = pytest.mark.service
 
@@ -63,3 +63,24 @@ def test_a_preempted_run_goes_on_with_the_next_worker_and_ends_with_the_same_byt
     made = chain.store.find(identity)
     assert made is not None and (made.identity, made.files_digest) == (undisturbed.identity, undisturbed.files_digest)
     assert (made.lineage.cost.attempts, undisturbed.lineage.cost.attempts) == (2, 1), "the first attempt is part of what it cost"
+
+
+def test_a_worker_that_a_script_started_in_the_background_ends_when_told(chain: ToyChain, prefect_server: str) -> None:
+    """Shells have such a process ignore SIGINT, which is what Prefect's worker makes of SIGTERM."""
+    from prefect.client.orchestration import get_client
+
+    from flows.pools import Pool, create_pool
+
+    client: Any = get_client(sync_client=True)
+    create_pool(client, Pool("background"))
+    ignoring = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {COMMAND}"
+    with (chain.folder / "worker.log").open("w") as log:
+        worker = chain.command("worker", "background", server=prefect_server, output=log, code=ignoring)
+        try:
+            wait_until(lambda: worker.poll() is not None or client.read_workers_for_work_pool("background"), "the start of the worker")
+            worker.terminate()
+            worker.wait(timeout=120)
+        finally:
+            worker.kill()
+            worker.wait()
+    assert "process worker" in (chain.folder / "worker.log").read_text()
