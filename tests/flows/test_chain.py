@@ -129,7 +129,9 @@ def test_artifacts_made_without_prefect_are_found(chain: ToyChain) -> None:
 def test_only_what_may_pass_is_retried(
     chain: ToyChain, monkeypatch: pytest.MonkeyPatch, times: int, raised: type[Exception] | None, bodies: int
 ) -> None:
-    monkeypatch.setattr("flows.tasks.RETRY_DELAYS_SECONDS", (0.01, 0.02, 0.02))
+    from flows.tasks import RETRIED
+
+    monkeypatch.setitem(RETRIED, "retry_delay_seconds", [0.01, 0.02, 0.02])
     chain.fail("select", (raised or Transient).__name__, times)
     if raised is None:
         run(chain)
