@@ -50,6 +50,7 @@ TABLES: Mapping[str, Students] = {
         "lpips-regression-alone": ("tiny-dmd.yaml", (*LPIPS, "dmd.matching=false")),
         "dmd2": ("tiny-dmd.yaml", DMD2),
         "dmd2-4-steps": ("tiny-dmd.yaml", (*DMD2, "dmd.warm_up=null", "dmd.steps=4")),
+        # on the same drawings and teacher, so that its rows are those of the other table
         "chain": ("tiny-adversarial.yaml", ("lcm=null",)),
     },
 }

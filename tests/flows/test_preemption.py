@@ -65,6 +65,7 @@ def test_a_preempted_run_goes_on_with_the_next_worker_and_ends_with_the_same_byt
     assert (made.lineage.cost.attempts, undisturbed.lineage.cost.attempts) == (2, 1), "the first attempt is part of what it cost"
 
 
+@pytest.mark.slow
 def test_a_worker_that_a_script_started_in_the_background_ends_when_told(chain: ToyChain, prefect_server: str) -> None:
     """Shells have such a process ignore SIGINT, which is what Prefect's worker makes of SIGTERM."""
     from prefect.client.orchestration import get_client
