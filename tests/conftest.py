@@ -22,6 +22,12 @@ settings.load_profile("any-machine")
 define_missing_ops()  # before any test module imports transformers or diffusers by itself
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: a long file that begins last would keep one process while the other has nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def restored_process() -> Iterator[None]:
     """For commands that run in this process: put back what they change of it."""

@@ -62,9 +62,11 @@ def test_two_workers_one_killed_make_what_one_process_makes(alone: Place, shared
     expected = {manifest.lineage.node: manifest for manifest in alone.store.manifests()}
     identity = expected["pairs"].identity
     chain = shared.start(str(shared.recipe), program=UNTIL)
-    first, second = (wait(chain, lambda share=share: holder(shared, identity, share)) for share in ("1/2", "2/2"))
-    assert first != second
+    share, first = wait(chain, lambda: next(((share, pid) for share in ("1/2", "2/2") if (pid := holder(shared, identity, share))), None))
     wait(chain, lambda: any(part.name.startswith("pairs-") for part in shared.store.parts(identity)))
+    os.kill(first, signal.SIGSTOP)  # it would have drawn all of its share before the other worker's process is there
+    other = "2/2" if share == "1/2" else "1/2"
+    assert wait(chain, lambda: holder(shared, identity, other)) != first
     os.kill(first, signal.SIGKILL)
     assert chain.wait() == 0, chain.told
     assert_same(shared, expected)
