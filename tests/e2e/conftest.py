@@ -40,9 +40,9 @@ def nano(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Itera
 
 @pytest.fixture(scope="session")
 def undisturbed(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A place where the recipe has run from start to end. Only to be read."""
+    """A place where the recipe has run from start to end, by a process that shares nothing with others. Only to be read."""
     place = nano.place(tmp_path_factory.mktemp("undisturbed"))
-    place.run("run", str(nano.recipe))
+    place.run("run", str(nano.recipe), fresh=True)
     return place
 
 

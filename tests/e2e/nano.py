@@ -21,6 +21,7 @@ from infra.demo.emoji import write_collection
 from infra.store import ArtifactStore
 from schemas.manifest import Manifest
 from tests import tiny_pipelines
+from tests.forks import Fork, fork
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ("ingest", "measure", "select", "teacher", "encode", "lightning-8-4", "lightning-4-2", "lcm", "evaluate", "publish")
@@ -123,16 +124,21 @@ class Place:
         environment |= {"XDG_CACHE_HOME": str(self.folder / "cache"), "TMPDIR": str(self.folder / "tmp")}
         return environment | {"DISTILL_STORE_ADDRESS": self.address, **self.environment}
 
-    def start(self, *arguments: str, program: str = _COMMAND) -> "Command":
-        """Start `distill ARGUMENTS`, or another program, in a process group of its own."""
+    def start(self, *arguments: str, program: str = _COMMAND, fresh: bool = False) -> "Command":
+        """Start `distill ARGUMENTS`, or another program, in a process group of its own: forked, or with `fresh` from nothing."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         mark = uuid.uuid4().hex
         output, log = self.folder / f"{mark}.out", self.folder / f"{mark}.log"
+        surroundings = self.surroundings | {MARK: mark}
+        if not fresh:
+            return Command(
+                fork(program, *arguments, folder=self.folder, environment=surroundings, output=output, log=log), mark, output, log
+            )
         with output.open("wb") as stdout, log.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, *arguments],
                 cwd=self.folder,
-                env=self.surroundings | {MARK: mark},
+                env=surroundings,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -140,9 +146,9 @@ class Place:
             )
         return Command(process, mark, output, log)
 
-    def run(self, *arguments: str, program: str = _COMMAND) -> "Command":
+    def run(self, *arguments: str, program: str = _COMMAND, fresh: bool = False) -> "Command":
         """Run `distill ARGUMENTS`, or another program, to its end, which must be good."""
-        command = self.start(*arguments, program=program)
+        command = self.start(*arguments, program=program, fresh=fresh)
         assert command.wait() == 0, command.told
         return command
 
@@ -157,9 +163,9 @@ class Place:
 class Command:
     """A command that runs, or has run."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Fork
     mark: str
-    """In the environment of the command and of all it starts, whatever group or session they go to."""
+    """In the environment of all it starts, whatever group or session they go to."""
     output: Path
     log: Path
 
@@ -189,6 +195,20 @@ class Command:
             time.sleep(POLL_SECONDS)
         return True
 
+    def kill_after(self, run: str, seconds: float, once: Callable[[], bool] = lambda: True) -> int:
+        """End it by SIGKILL so long after it has begun with the stage run and `once` is true; its exit code, another where it came to its end before.
+
+        Only the command itself is killed: what it started has to end by itself, and is waited for.
+        """
+        self.wait_until(lambda: run in self.started and once())
+        until = time.monotonic() + seconds
+        self.wait_until(lambda: time.monotonic() >= until)
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        code = self.process.wait(timeout=_LIMIT_SECONDS)
+        wait_for_orphans(self.mark)
+        return code
+
     def kill(self) -> None:
         """End its process group by SIGKILL, if it still runs, and see that nothing it started in other groups outlives it."""
         if self.process.poll() is None:
@@ -197,7 +217,7 @@ class Command:
         wait_for_orphans(self.mark)
 
     def processes(self) -> dict[int, str]:
-        """The command and everything it started that lives: command lines by process id."""
+        """Everything it started that lives: command lines by process id."""
         return marked_processes(self.mark)
 
 

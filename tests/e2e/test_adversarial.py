@@ -14,8 +14,7 @@ from stages.sample import sample
 from stages.shards import read_samples
 from tests.cards import run_snippet, snippets
 from tests.e2e.conftest import Nano
-from tests.e2e.forks import Forks, forks
-from tests.e2e.nano import ADVERSARIAL_NODES, Place, started_runs
+from tests.e2e.nano import ADVERSARIAL_NODES, Place
 
 pytestmark = [pytest.mark.slow, pytest.mark.service]
 
@@ -77,22 +76,21 @@ def pixels(pictures: list[Image.Image]) -> np.ndarray:
 
 def test_a_phase_alone_is_made_again_and_nothing_else(nano: Nano, adversarial: Place, tmp_path: Path) -> None:
     place, before = nano.copied(adversarial, tmp_path), adversarial.manifests()
-    with forks(place) as forked:
-        place.store.remove(before[LORA_ALONE].identity)
-        assert unfinished(forked, place) == {LORA_ALONE}
-        assert started_runs(forked.run("stage", LORA_ALONE, str(place.recipe)).told) == [LORA_ALONE]
-        assert_only_made_again(place.manifests(), before, LORA_ALONE)
+    place.store.remove(before[LORA_ALONE].identity)
+    assert unfinished(place) == {LORA_ALONE}
+    assert place.run("stage", LORA_ALONE, str(place.recipe)).started == [LORA_ALONE]
+    assert_only_made_again(place.manifests(), before, LORA_ALONE)
 
-        place.store.remove(before[LORA_ALONE].identity)
-        assert "lightning 4→2 lora" in place.run(str(place.recipe), LORA_ALONE, program=RUN_FLOW).told
-        assert_only_made_again(place.manifests(), before, LORA_ALONE)
-        assert unfinished(forked, place) == set()
+    place.store.remove(before[LORA_ALONE].identity)
+    assert "lightning 4→2 lora" in place.run(str(place.recipe), LORA_ALONE, program=RUN_FLOW).told
+    assert_only_made_again(place.manifests(), before, LORA_ALONE)
+    assert unfinished(place) == set()
 
 
-def unfinished(forked: Forks, place: Place) -> set[str]:
+def unfinished(place: Place) -> set[str]:
     """Names of the runs that `distill plan` says would run."""
-    told = forked.run("plan", str(place.recipe), "--json").told
-    return {row["name"] for row in json.loads(told[told.index("{") : told.rindex("}") + 1])["stages"] if not row["done"]}
+    rows = json.loads(place.run("plan", str(place.recipe), "--json").output.read_text())["stages"]
+    return {row["name"] for row in rows if not row["done"]}
 
 
 def assert_only_made_again(after: dict[str, Manifest], before: dict[str, Manifest], name: str) -> None:

@@ -3,7 +3,6 @@
 import logging
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from infra.store import StoreSettings
 from infra.store.filesystem import open_storage
 from schemas.manifest import Manifest
 from tests.e2e.conftest import Nano
-from tests.e2e.forks import Forks, forks
-from tests.e2e.nano import Place, assert_whole, started_runs
+from tests.e2e.nano import Place, assert_whole
 from tests.services import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -38,16 +36,14 @@ SEED = 20
 
 
 @pytest.fixture(scope="module")
-def killing(nano: Nano, adversarial: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, Forks]]:
-    """A copy of the chain's store, and a process that forks what works on it."""
-    place = nano.copied(adversarial, tmp_path_factory.mktemp("killing"))
-    with forks(place) as started:
-        yield place, started
+def killing(nano: Nano, adversarial: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A copy of the chain's store."""
+    return nano.copied(adversarial, tmp_path_factory.mktemp("killing"))
 
 
 @pytest.mark.parametrize("name", PHASES)
-def test_killed_at_ten_moments_of_a_phase(name: str, killing: tuple[Place, Forks], adversarial: Place) -> None:
-    kill_at_ten_moments(*killing, name, adversarial)
+def test_killed_at_ten_moments_of_a_phase(name: str, killing: Place, adversarial: Place) -> None:
+    kill_at_ten_moments(killing, name, adversarial)
 
 
 def test_killed_at_ten_moments_on_an_object_store(
@@ -57,11 +53,10 @@ def test_killed_at_ten_moments_on_an_object_store(
         monkeypatch.setenv(variable, value)  # for reading here
     place = replace(adversarial, folder=tmp_path, address=f"s3://{seaweedfs.bucket}/phases", environment=seaweedfs.environment)
     copy_store(adversarial.address, place.address)
-    with forks(place) as started:
-        kill_at_ten_moments(place, started, "lightning-2-1-conditional", adversarial)
+    kill_at_ten_moments(place, "lightning-2-1-conditional", adversarial)
 
 
-def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Place) -> None:
+def kill_at_ten_moments(place: Place, name: str, undisturbed: Place) -> None:
     """Kill a run at a random moment of each tenth of its duration; where it had come to its end before, it is begun anew.
 
     The second five count from its first checkpoint: a machine that has grown slower since a run was timed would have all ten before it.
@@ -69,7 +64,7 @@ def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Pla
     before = undisturbed.manifests()
     expected, command = before[name], ("stage", name, str(place.recipe))
     place.store.remove(expected.identity)
-    told = forked.run(*command).told
+    ran = place.run(*command)
     seconds = float("inf")  # of the shortest whole run so far
     random_moments = random.Random(f"{SEED} {name}")
     kept: list[list[str]] = []
@@ -80,29 +75,28 @@ def kill_at_ten_moments(place: Place, forked: Forks, name: str, undisturbed: Pla
 
     for tenth in range(KILLS):
         fraction = (tenth % (KILLS // 2) + random_moments.random()) / KILLS
-        once, since = (checkpointed, "first checkpoint") if tenth >= KILLS // 2 else (None, "start")
+        once, since = (checkpointed, "first checkpoint") if tenth >= KILLS // 2 else (lambda: True, "start")
         for late in range(10):
             if (made := place.store.find(expected.identity)) is not None:
                 assert made.files_digest == expected.files_digest
-                if "resumed from" not in told:
+                if "resumed from" not in ran.told:
                     seconds = min(seconds, made.lineage.cost.wall_seconds)
                 place.store.remove(expected.identity)
                 ends += 1
             moment = fraction * seconds * 0.8**late
-            child = forked.start(*command)
-            code = child.kill_after(name, moment, once)
-            told = child.told
-            resumed += "resumed from" in told
+            ran = place.start(*command)
+            code = ran.kill_after(name, moment, once)
+            resumed += "resumed from" in ran.told
             if code == -signal.SIGKILL and place.store.find(expected.identity) is None:
                 break
-            assert code in (0, -signal.SIGKILL), told
+            assert code in (0, -signal.SIGKILL), ran.told
         else:
-            pytest.fail(f"{name} was always finished before it was killed:\n{told}")
-        assert started_runs(told) == [name]
+            pytest.fail(f"{name} was always finished before it was killed:\n{ran.told}")
+        assert ran.started == [name]
         assert_whole(place)
         kept.append([part.name for part in place.store.parts(expected.identity)])
         logger.info("%s: killed %.2f s after its %s, %.2f s in all, with %s", name, moment, since, seconds, kept[-1])
-    resumed += "resumed from" in forked.run(*command).told
+    resumed += "resumed from" in place.run(*command).told
     assert [] in kept and any(kept) and resumed, "some before the first checkpoint and some after it"
     after = place.manifests()
     assert after[name].files_digest == expected.files_digest

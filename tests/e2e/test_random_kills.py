@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Nano
-from tests.e2e.forks import Forks, forks
 from tests.e2e.nano import Place, assert_same, assert_whole
 from tests.services import ObjectStore
 
@@ -30,24 +29,23 @@ def test_killed_twenty_times_at_random(
     logger.info("seed of the moments: %d", seed)
     moments = random.Random(seed)
     assert sum(KILLS.values()) == 20
-    with forks(place) as forked:
-        forked.run("stage", "teacher", str(nano.recipe))
-        for stage, kills in KILLS.items():
-            for _ in range(kills):
-                kill_at_random(place, forked, stage, expected[stage].lineage.cost.wall_seconds, moments)
-                assert_whole(place)
-            forked.run("stage", stage, str(nano.recipe))
+    place.run("stage", "teacher", str(nano.recipe))
+    for stage, kills in KILLS.items():
+        for _ in range(kills):
+            kill_at_random(place, stage, expected[stage].lineage.cost.wall_seconds, moments)
+            assert_whole(place)
+        place.run("stage", stage, str(nano.recipe))
     assert_same(place, expected)
 
 
-def kill_at_random(place: Place, forked: Forks, stage: str, seconds: float, moments: random.Random) -> None:
+def kill_at_random(place: Place, stage: str, seconds: float, moments: random.Random) -> None:
     """Kill the stage once while it works; one that had ended before is made to begin again."""
     told = ""
     for _ in range(10):
         for manifest in list(place.store.manifests()):
             if manifest.lineage.node == stage:  # the command before was killed at its very end, or not in time
                 place.store.remove(manifest.identity)
-        child = forked.start("stage", stage, str(place.recipe))
+        child = place.start("stage", stage, str(place.recipe))
         code = child.kill_after(stage, moments.random() * seconds)
         told = child.told
         if code == -signal.SIGKILL:
