@@ -69,18 +69,21 @@ def new_object_store(port: int) -> ObjectStore:
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that are free, with those 10,000 above them, where the server puts its internal interfaces."""
     ports: list[int] = []
+    taken: set[int] = set()
     while len(ports) < count:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 20_000 + secrets.randbelow(20_000)))
-            port = first.getsockname()[1]
-            try:
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + 10_000))
-            except OSError:
-                continue
-            if port not in ports:
-                ports.append(port)
+        port = 20_000 + secrets.randbelow(20_000)
+        both = {port, port + 10_000}
+        if both.isdisjoint(taken) and all(map(_is_free, both)):
+            ports.append(port)
+            taken |= both
     return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as tried, contextlib.suppress(OSError):
+        tried.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def seaweedfs_command(folder: Path, store: ObjectStore, ports: Sequence[int], reader_key: str | None = None) -> list[str]:

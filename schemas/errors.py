@@ -32,3 +32,7 @@ class CorruptArtifact(RunFailed):
 
 class Transient(DistillError):
     """A network or store failure that may pass: retried with backoff, and safe to retry from outside."""
+
+
+class StoreUnreachable(BadInput, Transient):
+    """Nothing answers at the store's address: wrong, for the person who has just given it; gone for a while, for a run that the server starts."""

@@ -23,7 +23,7 @@ from fsspec.exceptions import FSTimeoutError
 from infra.store.filesystem import ObjectInfo
 from infra.store.retry import retried
 from infra.store.settings import StoreSettings
-from schemas.errors import BadInput, RunFailed, Transient
+from schemas.errors import BadInput, RunFailed, StoreUnreachable, Transient
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class S3Storage:
             self.put(probe, b"")
             self.delete([probe])
         except Transient as error:
-            raise BadInput(f"store {self.address} cannot be reached at {self._endpoint()}: {error}") from error
+            raise StoreUnreachable(f"store {self.address} cannot be reached at {self._endpoint()}: {error}") from error
 
     def now(self) -> float:
         headers = self._call("list_objects_v2", Prefix=self._key(PROBES), MaxKeys=1)["ResponseMetadata"]["HTTPHeaders"]

@@ -63,8 +63,8 @@ class ArtifactStore:
     def open(cls, address: str, settings: StoreSettings | None = None) -> Self:
         """Open `file:///folder`, a plain path, or `s3://bucket/prefix`, and prove that it can be listed, written and deleted from.
 
-        Raises `BadInput` for an unknown scheme, a missing bucket, missing or refused credentials, an endpoint that cannot be reached, and a
-        folder that cannot be written.
+        Raises `BadInput` for an unknown scheme, a missing bucket, missing or refused credentials, and a folder that cannot be written, and
+        `StoreUnreachable`, which is one, where nothing answers at the endpoint.
         """
         settings = StoreSettings() if settings is None else settings
         storage = open_storage(address, settings)

@@ -6,7 +6,9 @@ import botocore.exceptions
 import httpx
 import pytest
 
+from infra.store import ArtifactStore, StoreSettings
 from schemas.errors import BadInput, RunFailed, Transient
+from tests.services import ObjectStore
 
 
 def answer(status: int) -> httpx.HTTPStatusError:
@@ -40,6 +42,22 @@ def test_what_may_pass_is_waited_for(error: Exception, monkeypatch: pytest.Monke
     with pytest.raises(type(error)):
         tried_again(body)("tiny")
     assert not left
+
+
+@pytest.mark.service
+def test_a_store_that_is_gone_when_a_run_begins_is_waited_for(seaweedfs: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.patience import tried_again
+
+    for name, value in seaweedfs.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("flows.patience.DELAYS_SECONDS", (0.01, 0.02))
+    endpoints = ["http://127.0.0.1:9", seaweedfs.endpoint]
+
+    def body() -> str:
+        return ArtifactStore.open(f"s3://{seaweedfs.bucket}/begun", StoreSettings(endpoint_url=endpoints.pop(0), retries=1)).address
+
+    assert tried_again(body)() == f"s3://{seaweedfs.bucket}/begun"
+    assert not endpoints
 
 
 @pytest.mark.parametrize("error", [BadInput("wrong"), RunFailed("NaN"), ZeroDivisionError(), answer(404), FileNotFoundError("no such key")])

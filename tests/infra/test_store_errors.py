@@ -10,7 +10,7 @@ import pytest
 from infra.store import ArtifactStore, StoreSettings
 from infra.store.retry import LONGEST_WAIT_SECONDS, retried, wait_seconds
 from schemas.base import digest
-from schemas.errors import BadInput, Transient
+from schemas.errors import BadInput, StoreUnreachable, Transient
 from tests.infra.conftest import CONTENT, LINEAGE, Write, tree
 from tests.services import FlakyProxy, ObjectStore
 
@@ -73,7 +73,7 @@ def test_what_an_s3_store_can_refuse(credentials: ObjectStore, monkeypatch: pyte
 
 @pytest.mark.service
 def test_an_endpoint_that_is_not_there(credentials: ObjectStore) -> None:
-    with pytest.raises(BadInput, match=r"cannot be reached at http://127.0.0.1:9"):
+    with pytest.raises(StoreUnreachable, match=r"cannot be reached at http://127.0.0.1:9"):
         ArtifactStore.open("s3://bucket/x", StoreSettings(endpoint_url="http://127.0.0.1:9", retries=1))
 
 
