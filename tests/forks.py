@@ -70,7 +70,9 @@ class Fork:
 
 
 def fork(program: str, *arguments: str, folder: Path, environment: Mapping[str, str], output: Path, log: Path) -> Fork:
-    """Start what `python -c PROGRAM ARGUMENTS` would, in a session of its own, with standard output and error in files."""
+    """Start what `python -c PROGRAM ARGUMENTS` would, in a process group of its own, with standard output and error in files."""
+    output.touch()
+    log.touch()
     code = log.with_suffix(".code")
     asked = _Job(program, arguments, str(folder), dict(environment), str(output), str(log), str(code))
     process = _forking()
@@ -115,6 +117,7 @@ def _start(job: _Job, children: dict[int, tuple[int, Path]]) -> int:
     pid = os.fork()
     if pid == 0:
         _work(job)
+    os.setpgid(pid, pid)  # it may be killed before it has come to anything
     children[os.pidfd_open(pid)] = pid, Path(job.code)
     return pid
 
@@ -127,7 +130,6 @@ def _tell_end(pid: int, file: Path) -> None:
 
 def _work(job: _Job) -> None:
     code: object = 1
-    os.setsid()
     os.environ.clear()
     os.environ.update(job.environment)
     os.chdir(job.folder)
