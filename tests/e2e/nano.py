@@ -165,7 +165,7 @@ class Command:
 
     process: subprocess.Popen[bytes] | Fork
     mark: str
-    """In the environment of all it starts, whatever group or session they go to."""
+    """In the environment of what it starts, whatever group or session that goes to; what is only forked stays in its group."""
     output: Path
     log: Path
 
@@ -200,13 +200,14 @@ class Command:
 
         Only the command itself is killed: what it started has to end by itself, and is waited for.
         """
-        self.wait_until(lambda: run in self.started and once())
+        begun = self.wait_until(lambda: run in self.started and once())
+        assert begun or self.process.poll() is not None, self.told
         until = time.monotonic() + seconds
         self.wait_until(lambda: time.monotonic() >= until)
         if self.process.poll() is None:
             os.kill(self.process.pid, signal.SIGKILL)
         code = self.process.wait(timeout=_LIMIT_SECONDS)
-        wait_for_orphans(self.mark)
+        self._wait_for_orphans()
         return code
 
     def kill(self) -> None:
@@ -214,32 +215,25 @@ class Command:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        wait_for_orphans(self.mark)
+        self._wait_for_orphans()
 
     def processes(self) -> dict[int, str]:
-        """Everything it started that lives: command lines by process id."""
-        return marked_processes(self.mark)
+        """The command and everything it started that lives: command lines by process id."""
+        looked_for = f"{MARK}={self.mark}".encode()
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if looked_for in (process / "environ").read_bytes() or os.getpgid(int(process.name)) == self.process.pid:
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # ended, or another user's
+                continue
+        return {pid: line for pid, line in found.items() if line}  # without those that have ended and are not yet asked for
 
-
-def marked_processes(mark: str) -> dict[int, str]:
-    """Living processes that were started with the mark in their environment: command lines by process id."""
-    looked_for = f"{MARK}={mark}".encode()
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if looked_for in (process / "environ").read_bytes():
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # ended, or another user's
-            continue
-    return found
-
-
-def wait_for_orphans(mark: str) -> None:
-    """See that nothing with the mark outlives the command that was killed."""
-    end = time.monotonic() + 10
-    while orphans := marked_processes(mark):
-        assert time.monotonic() < end, f"outlived kill -9 of the command that started them: {orphans}"
-        time.sleep(POLL_SECONDS)
+    def _wait_for_orphans(self) -> None:
+        end = time.monotonic() + 10
+        while orphans := self.processes():
+            assert time.monotonic() < end, f"outlived kill -9 of the command that started them: {orphans}"
+            time.sleep(POLL_SECONDS)
 
 
 def started_runs(told: str) -> list[str]:
