@@ -39,6 +39,11 @@ class TransferConfig(Model):
     pictures of the encoded set, chosen as for `strength`. Identity has its content. null: none."""
     controlnet_scale: Annotated[float, Field(gt=0)] = 1.0
     """What the ControlNet's residuals are multiplied by."""
+    guidance_scale: Annotated[float, Field(ge=1)] | None = None
+    """Imagen-convention scale of the students' rows: some on top of what an acceleration LoRA has learnt of its own base's. Students that are told a
+    scale keep theirs. null: as each is published, without."""
+    teacher_guidance_scale: Annotated[float, Field(ge=1)] | None = None
+    """Of the changed teacher's rows and reference. null: as in the table."""
 
     def outside_name(self, field: str) -> str:
         """The name by which the plan and the stage know what lies outside, as in the recipe."""
@@ -71,7 +76,10 @@ class TransferConfig(Model):
         style = "" if self.style is None else f" with {made.get('style', 'a style')} at {self.style_weight:g}"
         size = "" if self.size_px is None else f" at {self.size_px[0]} x {self.size_px[1]} px"
         control = "" if self.controlnet is None else f" with a ControlNet at {self.controlnet_scale:g}"
-        return base + style + control + size + ("" if self.strength is None else f", from pictures at strength {self.strength:g}")
+        pictures = "" if self.strength is None else f", from pictures at strength {self.strength:g}"
+        scales = {"it": self.teacher_guidance_scale, "students": self.guidance_scale}
+        guided = "".join(f", {who} with guidance {scale:g}" for who, scale in scales.items() if scale is not None)
+        return base + style + control + size + pictures + guided
 
     @property
     def of_teacher(self) -> bool:

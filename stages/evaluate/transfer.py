@@ -58,7 +58,8 @@ class Transfer:
         made: dict[str, Any] = {"teacher": inputs.teacher.identity, **config.identity_fields(), **outside}
         made |= {field: inputs.finetuned[run].identity for field, run in config.finetuned().items()}
         made |= {"latents": inputs.latents.identity} if config.reads_pictures else {}
-        return {field: value for field, value in made.items() if field != "name"}
+        of_rows = ("name", "guidance_scale", "teacher_guidance_scale")  # a row's key has its own scale
+        return {field: value for field, value in made.items() if field not in of_rows}
 
     def pictures(self, pipeline: TeacherPipeline, sampler: Sampler, inputs: Inputs, workspace: Workspace) -> EncodedPictures | None:
         """Those that its rows start from or whose edges they follow, for the sampler's prompts; None where they need none.
@@ -189,14 +190,15 @@ def check_size(size: tuple[int, int] | None, facts: TeacherFacts, field: str) ->
 
 def _rows(entry: TransferConfig, rows: Sequence[Row], students: Mapping[str, StudentManifest]) -> tuple[Row, ...]:
     """The reference's row, then for each step count of a student the changed teacher alone, then those students."""
-    reference = rows[0]
+    reference = replace(rows[0], guidance_scale=entry.teacher_guidance_scale or rows[0].guidance_scale)
     strength = entry.strength or 1
     if not steps_left(reference.steps, strength):
         raise BadInput(f"evaluate.transfer.{entry.name}.strength: {strength:g} of the teacher's {reference.steps} steps leaves none")
     accelerated = [row for row in rows if row.model in students and steps_left(row.steps, strength)]
     counts = sorted({row.steps for row in accelerated} - {reference.steps}, reverse=True)
     alone = [replace(reference, steps=steps, timesteps=trailing_timesteps(steps)) for steps in counts]
-    return tuple(replace(row, on=entry.name) for row in (reference, *alone, *accelerated))
+    guided = [row if row.guidance_input else replace(row, guidance_scale=entry.guidance_scale or row.guidance_scale) for row in accelerated]
+    return tuple(replace(row, on=entry.name) for row in (reference, *alone, *guided))
 
 
 def summarise_transfers(transfers: Sequence[Transfer], scores: Mapping[str, Score]) -> list[dict[str, object]]:
@@ -204,7 +206,7 @@ def summarise_transfers(transfers: Sequence[Transfer], scores: Mapping[str, Scor
 
     def summarised(row: Row) -> dict[str, object]:
         score = scores[row.name]
-        named = {"name": row.name, "model": row.model, "family": row.family, "steps": row.steps}
+        named = {"name": row.name, "model": row.model, "family": row.family, "steps": row.steps, "guidance_scale": row.guidance_scale}
         return named | {"fid_teacher": score.value, "interval": [score.low, score.high]}
 
     return [

@@ -186,6 +186,41 @@ def test_lightnings_lora_goes_elsewhere_as_lcms_does(elsewhere: Elsewhere) -> No
     assert_diffusers_composes_the_same(elsewhere, found, lightning, "lightning-8-4-lora-at-4", trailing)
 
 
+def test_guidance_on_top_of_a_lora(elsewhere: Elsewhere) -> None:
+    """Students and changed teacher at scales of the entry's own; pictures as diffusers draws them."""
+    entry = TransferConfig(name="guided", base=str(elsewhere.base), guidance_scale=2.0, teacher_guidance_scale=1.5)
+    found = elsewhere.run(elsewhere.config.model_copy(update={"transfer": (entry,)}), "guided")
+    folder = elsewhere.chain.store.fetch(found)
+    report = json.loads((folder / "report.json").read_text())
+    (told,) = report["transfers"]
+    assert told["changed"] == "another base, it with guidance 1.5, students with guidance 2"
+    scales = {row["name"]: row["guidance_scale"] for row in told["rows"]}
+    assert scales == {"teacher@8+guided": 1.5, "teacher@4+guided": 1.5, "teacher@2+guided": 1.5, "lcm@4+guided": 2, "lcm@2+guided": 2}
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(elsewhere.base)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = report["samples"]["examples"]
+
+    def assert_drawn(row: str, sampler: str, guidance_scale: float) -> None:
+        pipeline.scheduler = make_scheduler(sampler, pipeline.scheduler.config, "epsilon")
+        generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+        theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=guidance_scale, generator=generators).images
+        ours = list(read_pictures(folder / f"samples/{row}-at-4-on-guided"))[: len(prompts)]
+        for one, two in zip(ours, theirs, strict=True):
+            assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, row
+
+    assert_drawn("teacher", "trailing", 1.5)
+    pipeline.load_lora_weights(elsewhere.chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE)
+    assert_drawn("lcm", "lcm", 2.0)
+
+
+def test_a_student_that_is_told_its_scale_keeps_it(elsewhere: Elsewhere) -> None:
+    config = elsewhere.config.model_copy(update={"transfer": (TransferConfig(name="wide", size_px=(16, 24), guidance_scale=2.0),)})
+    found = elsewhere.run(config, "told", lcm=elsewhere.lora, told=elsewhere.chain.told(4))
+    report = elsewhere.chain.store.fetch(found) / "report.json"
+    scales = {row["model"]: row["guidance_scale"] for row in json.loads(report.read_text())["transfers"][0]["rows"]}
+    assert scales == {"teacher": 3.0, "lcm": 2.0, "told": 8.5}
+
+
 def test_another_aspect_ratio_is_diffusers_own(elsewhere: Elsewhere) -> None:
     folder = elsewhere.chain.store.fetch(elsewhere.chain.teacher)
     (row, *_) = rows_of(elsewhere.config.model_copy(update={"teacher_steps": (4,)}), elsewhere.chain.teacher.content, {})
