@@ -91,13 +91,15 @@ def sample(
     steps: int,
     seed: int = 0,
     variant: str | None = None,
+    guidance_scale: float | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Image.Image:
     """Draw `prompt` in `steps` steps with the variant made for that many: the picture that the model card's own code gives for the seed.
 
     `variant` chooses among several, `teacher` the pipeline at the root, which takes any step count and is taken where there is no variant at all.
-    Raises `BadInput` with the variants there are when none fits.
+    `guidance_scale` (Imagen convention) takes the place of the variant's own. Raises `BadInput` with the variants there are when none fits, and for a
+    scale outside the range of a variant that is told it.
     """
     description = read_description(published)
     networks: dict[str, Any] = {}
@@ -106,11 +108,14 @@ def sample(
             raise BadInput(
                 f"{description.name}: the teacher's pipeline is not in it; expected a variant: {', '.join(description.variants)}"
             )
-        name, scheduler, guidance_scale = TEACHER, description.teacher.scheduler, description.teacher.guidance_scale
+        name, scheduler, own_scale = TEACHER, description.teacher.scheduler, description.teacher.guidance_scale
         pipeline = _pipeline(description, published, dtype)
     else:
         name, chosen = description.choose(steps, variant)
-        scheduler, guidance_scale = chosen.scheduler, chosen.guidance_scale
+        scheduler, own_scale = chosen.scheduler, chosen.guidance_scale
+        bounds = chosen.guidance_range
+        if guidance_scale is not None and bounds is not None and not bounds[0] <= guidance_scale <= bounds[1]:
+            raise BadInput(f"guidance_scale: {guidance_scale:g} with {name}; expected {bounds[0]:g} to {bounds[1]:g}, as it was trained")
         if chosen.kind == "unet":
             unet_class: Any = diffusers.UNet2DConditionModel
             with _loading(f"{published}/{name}/unet"):
@@ -126,9 +131,8 @@ def sample(
         pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(published, subfolder=f"{name}/scheduler")
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    drawn: Image.Image = pipeline.to(device)(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images[
-        0
-    ]
+    scale = own_scale if guidance_scale is None else guidance_scale
+    drawn: Image.Image = pipeline.to(device)(prompt, num_inference_steps=steps, guidance_scale=scale, generator=generator).images[0]
     return drawn
 
 

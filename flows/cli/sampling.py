@@ -23,6 +23,10 @@ def sample(
     steps: Annotated[int, typer.Option("--steps", min=1)] = 4,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     variant: Annotated[str | None, typer.Option("--variant", help="Which student, where several take this step count; or teacher.")] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", min=1, help="Imagen convention; 1 is none. Default: what the variant is published with."),
+    ] = None,
     store: Store = None,
     device: Device = None,
 ) -> None:
@@ -41,7 +45,7 @@ def sample(
     device = device or Settings.load().device
     check_device(device)
     folder = open_published(published, None if Path(published).is_dir() else open_store(store))
-    picture = sample(folder, prompt, steps=steps, seed=seed, variant=variant, device=device)
+    picture = sample(folder, prompt, steps=steps, seed=seed, variant=variant, guidance_scale=guidance_scale, device=device)
     try:
         picture.save(destination)
     except OSError as error:

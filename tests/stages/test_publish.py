@@ -134,6 +134,19 @@ def test_sample_draws_the_cards_picture(
     assert not np.array_equal(np.asarray(other), np.asarray(ours))
 
 
+def test_sample_at_another_guidance_scale(published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By guidance with a LoRA, told to a UNet that takes it, within what that was trained for."""
+    for heading, steps in (("lcm-lora", 4), ("lcm-5step", 5)):
+        names = _as_on_the_card(published, tmp_path, monkeypatch, heading)
+        ours = sample(published.folder, names["prompt"], steps=steps, variant=heading, guidance_scale=4.0)
+        generator = torch.Generator().manual_seed(0)
+        theirs = names["pipeline"](names["prompt"], num_inference_steps=steps, guidance_scale=4.0, generator=generator).images[0]
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+        assert not np.array_equal(np.asarray(ours), np.asarray(names["image"]))
+    with pytest.raises(BadInput, match="guidance_scale: 2 with lcm-5step; expected 3 to 15"):
+        sample(published.folder, "x", steps=5, guidance_scale=2.0)
+
+
 def test_sample_names_the_variants_where_none_or_several_fit(published: Published) -> None:
     with pytest.raises(BadInput, match=r"steps 3: .*lightning-4step \(4 steps\).*lcm-lora \(4/2 steps\)"):
         sample(published.folder, "x", steps=3)
