@@ -51,6 +51,12 @@ def numbers_file(folder: Path, name: str) -> Path:
     return folder / "numbers" / f"{name}.safetensors"
 
 
+def copy_row(folder: Path, known: str, slug: str) -> None:
+    """Give a row's files in an evaluation's folder a second name."""
+    shutil.copytree(samples_folder(folder, known), samples_folder(folder, slug))
+    shutil.copyfile(features_file(folder, known), features_file(folder, slug))
+
+
 class PastRows:
     """Finished rows by their key."""
 

@@ -18,7 +18,7 @@ from stages.diffusion.denoiser import Denoiser
 from stages.evaluate.feature_network import FeatureNetwork
 from stages.evaluate.inputs import Inputs
 from stages.evaluate.metrics.catalogue import View
-from stages.evaluate.past import PastRows, features_file, key_of, numbers_file, row_key, samples_folder
+from stages.evaluate.past import PastRows, copy_row, features_file, key_of, numbers_file, row_key, samples_folder
 from stages.evaluate.pieces import Pieces
 from stages.evaluate.rows import Row
 from stages.evaluate.samples import Sampler, read_pictures, sample_row
@@ -56,9 +56,14 @@ class RowSets:
         is looked at of its samples, None for all that the recipe asks for."""
         views = views_of(self.looks) if shown is None else shown
         file, samples = features_file(self.folder, row.slug), samples_folder(self.folder, row.slug)
-        if weights is not None:
-            self.keys[row.slug] = row_key(row, sampler, self._looked, views, weights)
-        if weights is not None and self._past.take(self.keys[row.slug], row.slug, self.folder):
+        key = None if weights is None else row_key(row, sampler, self._looked, views, weights)
+        alike = next((slug for slug, known in self.keys.items() if known == key), None)
+        if key is not None:
+            self.keys[row.slug] = key
+        if alike is not None:  # entries of `transfer` that differ in what their students do share their teacher's rows
+            copy_row(self.folder, alike, row.slug)
+            sampler.tick(len(sampler.prompts.images))
+        elif key is not None and self._past.take(key, row.slug, self.folder):
             sampler.tick(len(sampler.prompts.images))
         else:
             sample_row(row, load, sampler, self.pieces, samples)

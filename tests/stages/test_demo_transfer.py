@@ -25,6 +25,7 @@ def test_the_recipe_has_an_entry_of_every_kind() -> None:
     named = entries()
     assert {name: entry.describe() for name, entry in named.items()} == {
         "night": "the base finetune-night",
+        "night-guided": "the base finetune-night, students with guidance 2",
         "sepia": "the teacher with finetune-sepia at 0.8",
         "wide": "the teacher at 64 x 96 px",
         "sketch": "the teacher, from pictures at strength 0.6",

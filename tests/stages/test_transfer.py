@@ -28,8 +28,8 @@ from stages.evaluate import Inputs, run
 from stages.evaluate.encoded_pictures import choose_pictures
 from stages.evaluate.grid import thumbnail
 from stages.evaluate.prompts import PromptSet
-from stages.evaluate.rows import rows_of
-from stages.evaluate.samples import Sampler, read_pictures
+from stages.evaluate.rows import Row, rows_of
+from stages.evaluate.samples import Sampler, read_pictures, sample_row
 from stages.evaluate.summary import figure
 from stages.evaluate.transfer import preflight_transfers
 from stages.latents import LatentSet
@@ -211,6 +211,26 @@ def test_guidance_on_top_of_a_lora(elsewhere: Elsewhere) -> None:
     assert_drawn("teacher", "trailing", 1.5)
     pipeline.load_lora_weights(elsewhere.chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE)
     assert_drawn("lcm", "lcm", 2.0)
+
+
+def test_entries_share_the_rows_they_have_in_common(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def counted(row: Row, *arguments: Any) -> None:
+        drawn.append(f"{row.model} {row.name}")
+        sample_row(row, *arguments)
+
+    monkeypatch.setattr("stages.evaluate.row_sets.sample_row", counted)
+    plain, more = (TransferConfig(name=name, size_px=(24, 16), guidance_scale=scale) for name, scale in (("plain", None), ("more", 2.0)))
+    found = elsewhere.run(elsewhere.config.model_copy(update={"transfer": (plain, more)}), "shared")
+    of_entries = [row for row in drawn if "+" in row]
+    once = {"reference reference@8+plain", *(f"teacher teacher@{steps}+plain" for steps in (8, 4, 2))}
+    assert set(of_entries) == once | {f"lcm lcm@{steps}+{name}" for steps in (4, 2) for name in ("plain", "more")}
+    assert len(of_entries) == len(set(of_entries))
+    scores, files = found.content.scores, {entry.path: entry.sha256 for entry in found.files}
+    assert scores["teacher@4+more"] == scores["teacher@4+plain"] and scores["lcm@4+more"] != scores["lcm@4+plain"]
+    shards = [path for path in files if path.startswith("samples/teacher-at-4-on-plain/")]
+    assert shards and all(files[path] == files[path.replace("-on-plain", "-on-more")] for path in shards)
 
 
 def test_a_student_that_is_told_its_scale_keeps_it(elsewhere: Elsewhere) -> None:
