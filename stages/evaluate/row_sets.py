@@ -57,20 +57,25 @@ class RowSets:
         views = views_of(self.looks) if shown is None else shown
         file, samples = features_file(self.folder, row.slug), samples_folder(self.folder, row.slug)
         key = None if weights is None else row_key(row, sampler, self._looked, views, weights)
-        alike = next((slug for slug, known in self.keys.items() if known == key), None)
-        if key is not None:
-            self.keys[row.slug] = key
-        if alike is not None:  # entries of `transfer` that differ in what their students do share their teacher's rows
-            copy_row(self.folder, alike, row.slug)
-            sampler.tick(len(sampler.prompts.images))
-        elif key is not None and self._past.take(key, row.slug, self.folder):
+        if key is not None and self._taken_over(key, row.slug):
             sampler.tick(len(sampler.prompts.images))
         else:
             sample_row(row, load, sampler, self.pieces, samples)
             keep_sets(self._viewer.look(row.slug, functools.partial(read_pictures, samples), views), file)
+        if key is not None:
+            self.keys[row.slug] = key
         if self.workspace.device.startswith("cuda"):
             torch.cuda.empty_cache()
         return read_sets(file)
+
+    def _taken_over(self, key: Sha256, slug: str) -> bool:
+        """Whether a row's files are there already, of this evaluation or an earlier one: entries of `transfer` that differ in what their students do
+        share their teacher's rows."""
+        alike = next((known for known, of_row in self.keys.items() if of_row == key), None)
+        if alike is None:
+            return self._past.take(key, slug, self.folder)
+        copy_row(self.folder, alike, slug)
+        return True
 
     def numbers(self, metric: str, slug: str, made_of: Mapping[str, Any], make: Callable[[], Numbers]) -> Numbers:
         """One number a picture of a row, (N,). `made_of` says by digests and settings what they follow from; one that is None is not known."""

@@ -158,15 +158,20 @@ def assert_diffusers_composes_the_same(elsewhere: Elsewhere, found: Any, lora: A
     pipeline.load_lora_weights(elsewhere.chain.store.fetch(lora), weight_name=LORA_FILE, adapter_name="fast")
     pipeline.load_lora_weights(elsewhere.folder, weight_name=elsewhere.style.name, adapter_name="ink")
     pipeline.scheduler = scheduler_of(pipeline.scheduler.config)
-    report = json.loads((folder / "report.json").read_text())
-    prompts = report["samples"]["examples"]
     for name, weights in (("other", [1.0, 0.0]), ("ink", [1.0, WEIGHT])):
         pipeline.set_adapters(["fast", "ink"], adapter_weights=weights)
-        generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
-        theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=1.0, generator=generators).images
-        ours = list(read_pictures(folder / f"samples/{row}-on-{name}"))[: len(prompts)]
-        for one, two in zip(ours, theirs, strict=True):
-            assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, name
+        assert_drawn(folder, f"{row}-on-{name}", pipeline, guidance_scale=1.0)
+
+
+def assert_drawn(folder: Path, row: str, pipeline: Any, guidance_scale: float) -> None:
+    """An evaluation's first pictures of a row in four steps are the pipeline's."""
+    report = json.loads((folder / "report.json").read_text())
+    prompts = report["samples"]["examples"]
+    generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
+    theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=guidance_scale, generator=generators).images
+    ours = list(read_pictures(folder / f"samples/{row}"))[: len(prompts)]
+    for one, two in zip(ours, theirs, strict=True):
+        assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, row
 
 
 def test_its_pictures_are_those_of_diffusers_own_composition(elsewhere: Elsewhere, evaluated: Any) -> None:
@@ -198,19 +203,11 @@ def test_guidance_on_top_of_a_lora(elsewhere: Elsewhere) -> None:
     assert scales == {"teacher@8+guided": 1.5, "teacher@4+guided": 1.5, "teacher@2+guided": 1.5, "lcm@4+guided": 2, "lcm@2+guided": 2}
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(elsewhere.base)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = report["samples"]["examples"]
-
-    def assert_drawn(row: str, sampler: str, guidance_scale: float) -> None:
-        pipeline.scheduler = make_scheduler(sampler, pipeline.scheduler.config, "epsilon")
-        generators = [image_generator(report["samples"]["seed"], index) for index in range(len(prompts))]
-        theirs = pipeline(prompts, num_inference_steps=4, guidance_scale=guidance_scale, generator=generators).images
-        ours = list(read_pictures(folder / f"samples/{row}-at-4-on-guided"))[: len(prompts)]
-        for one, two in zip(ours, theirs, strict=True):
-            assert np.abs(one.astype(int) - np.asarray(two).astype(int)).max() <= 2, row
-
-    assert_drawn("teacher", "trailing", 1.5)
+    pipeline.scheduler = make_scheduler("trailing", pipeline.scheduler.config, "epsilon")
+    assert_drawn(folder, "teacher-at-4-on-guided", pipeline, guidance_scale=1.5)
     pipeline.load_lora_weights(elsewhere.chain.store.fetch(elsewhere.lora), weight_name=LORA_FILE)
-    assert_drawn("lcm", "lcm", 2.0)
+    pipeline.scheduler = make_scheduler("lcm", pipeline.scheduler.config, "epsilon")
+    assert_drawn(folder, "lcm-at-4-on-guided", pipeline, guidance_scale=2.0)
 
 
 def test_entries_share_the_rows_they_have_in_common(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
